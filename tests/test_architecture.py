@@ -1,11 +1,11 @@
-"""Imports go down only, and deepspeed is behind one file."""
+"""Imports go down only, and only one file imports deepspeed."""
 
 import ast
 from pathlib import Path
 
 from tests.support import ROOT
 
-# From the bottom up; a module may import what stands in its own row or in a row above its own.
+# The lowest layer comes first. A module may import modules of its own row and of earlier rows.
 LAYERS = [
     {
         "addresses",
@@ -43,7 +43,7 @@ def imports(path: Path) -> set[str]:
 
 
 def unit(module: str) -> str | None:
-    """`jitscale.training.ema` -> `training`; None for what is not ours."""
+    """`jitscale.training.ema` -> `training`; None for modules of other packages."""
     parts = module.split(".")
     return parts[1] if parts[0] == "jitscale" and len(parts) > 1 and parts[1] in RANK else None
 
@@ -57,15 +57,16 @@ def test_imports_go_down_only() -> None:
 
 
 def test_no_two_files_import_each_other() -> None:
-    """Directly or in a circle, at the top of a file or later, in the package and the tools."""
+    """No import is direct or in a circle, at the top of a file or later, in the package and in the tools."""
     files = {}
     for folder, root in (("jitscale", ROOT), ("tools", ROOT / "tools")):
-        paths = [path for path in (ROOT / folder).rglob("*.py") if path.stem != "__init__"]  # which hands on names
+        # An `__init__` passes names on.
+        paths = [path for path in (ROOT / folder).rglob("*.py") if path.stem != "__init__"]
         files |= {".".join(path.relative_to(root).with_suffix("").parts): path for path in paths}
     above = {name: {other for other in imports(path) if other in files} - {name} for name, path in files.items()}
     while bottom := {name for name, others in above.items() if not others}:
         above = {name: others - bottom for name, others in above.items() if name not in bottom}
-    assert not above, f"they import each other, or what does: {above}"
+    assert not above, f"these files are in an import cycle, or import one of its files: {above}"
 
 
 def test_packages_see_only_what_they_need() -> None:

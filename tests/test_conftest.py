@@ -1,4 +1,4 @@
-"""GPUs are hidden from all tests but those that a user runs on one."""
+"""GPUs are hidden from all tests, except those that a user runs on a GPU."""
 
 import os
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ OTHER = "tests/model/test_fused.py"
         ([], False),
     ],
 )
-def test_gpus_are_seen_by_the_tests_that_need_one(
+def test_gpus_are_visible_only_to_tests_that_need_one(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], visible: bool
 ) -> None:
     monkeypatch.chdir(ROOT)

@@ -1,4 +1,4 @@
-"""Commands under a Python that has no packages, as where the environment is not activated."""
+"""Commands under a Python without packages, as if the environment were not activated."""
 
 import ast
 import os
@@ -27,7 +27,7 @@ def test_every_tool_asks_for_its_packages_first(tool: Path) -> None:
     "command", [["tools/submit.py", "--help"], ["-m", "jitscale.train"], ["-m", "jitscale.launch.supervisor"]]
 )
 def test_the_environment_is_named_in_one_line(command: list[str]) -> None:
-    python = [sys.executable, "-S"]  # without site-packages
+    python = [sys.executable, "-S"]  # -S leaves out site-packages.
     finished = subprocess.run([*python, *command], cwd=ROOT, env=BARE, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
     assert finished.stdout == ""

@@ -1,4 +1,4 @@
-"""Which rank this process is: torchrun, srun, plain python, and what only looks like one of them."""
+"""The rank of this process: with torchrun, srun and plain python, and with variables that only look like theirs."""
 
 import os
 import stat
@@ -39,13 +39,13 @@ PORT = str(20_000 + 123_456 % 20_000)
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name in TORCHRUN or name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
-    for name in TORCHRUN:  # so that what the code sets is undone
+    for name in TORCHRUN:  # monkeypatch then restores the variables that the code sets.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
 
 def adopted(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> tuple[str, ...]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT afterwards."""
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT after the call."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert adopt_launcher_environment() == int(os.environ["WORLD_SIZE"])
@@ -62,16 +62,16 @@ def without(variables: dict[str, str], *names: str, **others: str) -> dict[str, 
         (RANK, ("3", "8", "1", "n1", "7")),
         (TASK, ("5", "8", "1", "node07", PORT)),
         (without(TASK, MASTER_ADDR="head", MASTER_PORT="29500"), ("5", "8", "1", "head", "29500")),
-        (without(TASK, WORLD_SIZE="8"), ("5", "8", "1", "node07", PORT)),  # exported by a batch script, and true
-        ({**TASK, **RANK}, ("3", "8", "1", "n1", "7")),  # torchrun started by srun
+        (without(TASK, WORLD_SIZE="8"), ("5", "8", "1", "node07", PORT)),  # A batch script exported a correct value.
+        ({**TASK, **RANK}, ("3", "8", "1", "n1", "7")),  # srun started torchrun.
     ],
     ids=["torchrun", "srun", "srun with an address", "srun with its world size", "torchrun in srun"],
 )
-def test_ranks_are_who_their_launcher_says(
+def test_ranks_come_from_the_launcher(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[str, ...]
 ) -> None:
     assert adopted(monkeypatch, variables) == expected
-    assert adopted(monkeypatch, {}) == expected, "asked again"
+    assert adopted(monkeypatch, {}) == expected, "a second call gives the same rank"
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_ranks_are_who_their_launcher_says(
     ],
     ids=["plain", "salloc", "batch script", "left over", "srun --pty", "address only", "a task that is alone"],
 )
-def test_one_process_is_a_world_of_its_own(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    monkeypatch.setenv("PATH", "")  # no scontrol
+def test_a_single_process_is_a_world_of_size_one(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    monkeypatch.setenv("PATH", "")  # so that there is no scontrol
     *identity, address, port = adopted(monkeypatch, variables)
     assert (*identity, address) == ("0", "1", "0", "127.0.0.1")
     assert 1023 < int(port) != 29500
@@ -125,7 +125,7 @@ def test_one_process_is_a_world_of_its_own(monkeypatch: pytest.MonkeyPatch, vari
         (without(TASK, WORLD_SIZE="4"), "WORLD_SIZE=4, but SLURM_STEP_NUM_TASKS=8 in this task; unset WORLD_SIZE"),
     ],
 )
-def test_a_part_of_a_set_is_refused_in_one_line(
+def test_an_incomplete_set_of_variables_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
 ) -> None:
     with pytest.raises(LauncherError) as caught:
@@ -143,7 +143,7 @@ def test_a_part_of_a_set_is_refused_in_one_line(
         ("rack[1-2]-n[08,10]", ["rack1-n08", "rack1-n10", "rack2-n08", "rack2-n10"]),
     ],
 )
-def test_lists_of_nodes_are_read_as_scontrol_reads_them(
+def test_lists_of_nodes_are_expanded_like_by_scontrol(
     monkeypatch: pytest.MonkeyPatch, nodelist: str, hosts: list[str]
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_NODELIST", nodelist)
@@ -171,11 +171,11 @@ def test_a_job_needs_the_whole_environment_of_its_script(monkeypatch: pytest.Mon
     [
         ({"SLURM_PROCID": "3"}, ConfigError("wrong"), True),
         ({"RANK": "0"}, ConfigError("wrong"), True),
-        ({"RANK": "3"}, ConfigError("wrong"), False),  # rank 0 says it
-        ({"RANK": "3"}, LauncherError("wrong"), True),  # there may be no rank 0
+        ({"RANK": "3"}, ConfigError("wrong"), False),  # Rank 0 reports the mistake.
+        ({"RANK": "3"}, LauncherError("wrong"), True),  # There may be no rank 0.
     ],
 )
-def test_who_says_a_mistake(
+def test_which_rank_reports_a_mistake(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     variables: dict[str, str],
@@ -195,8 +195,8 @@ def test_who_says_a_mistake(
     assert capsys.readouterr().err == ("error: wrong\n" if printed else "")
 
 
-def test_torchruns_summary_says_a_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Also where another rank than 0 has met it first: torchrun ends rank 0 before that can print it."""
+def test_torchruns_summary_contains_the_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another rank may find the mistake first: torchrun ends rank 0 before it can print it."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(os, "_exit", lambda code: None)
@@ -212,7 +212,7 @@ def test_torchruns_summary_says_a_mistake(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.slow
-def test_a_mistake_under_a_real_torchrun_is_said_last() -> None:
+def test_a_real_torchrun_prints_the_mistake_last() -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "jitscale.train", "--config", str(ROOT / "configs/demo.yaml"), "optim.lr=-1"]
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
@@ -232,8 +232,8 @@ exit_with_message(lambda: parallel.start(torch.device("cpu")).size)
 """
 
 
-def test_ranks_that_do_not_come_are_awaited_aloud_and_not_for_ever() -> None:
-    """One of four, as in `srun -n4 --pty bash`: the one that the others would ask, and another one; each alone."""
+def test_missing_ranks_are_awaited_with_messages_and_a_limit() -> None:
+    """One rank of four, as in `srun -n4 --pty bash`. Rank 0, which the others would contact, and rank 3 wait alone."""
     started = {}
     for rank, port in ((0, 29587), (3, 29588)):
         own = {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
@@ -248,7 +248,7 @@ def test_ranks_that_do_not_come_are_awaited_aloud_and_not_for_ever() -> None:
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-3", "nan", "inf"])
-def test_the_projects_own_numbers_are_checked(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_the_projects_own_variables_are_checked(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("JITSCALE_MEETING_SECONDS", text)
     with pytest.raises(LauncherError, match=rf"JITSCALE_MEETING_SECONDS={text}: must be a number above 0, such as 600"):
         positive_setting("JITSCALE_MEETING_SECONDS", 600.0)
@@ -257,11 +257,11 @@ def test_the_projects_own_numbers_are_checked(monkeypatch: pytest.MonkeyPatch, t
         assert positive_setting("JITSCALE_MEETING_SECONDS", 600.0) == (2.5 if unset else 600.0)
 
 
-def test_caches_of_kernels_are_made_on_each_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_node_has_caches_of_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     folder = tmp_path / "jitscale-cache-me/inductor"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    usual = os.umask(0o002)  # of sites where each user has a group
+    usual = os.umask(0o002)  # Sites where each user has a group use this mask.
     try:
         make_kernel_caches()
     finally:
@@ -319,7 +319,7 @@ def test_caches_into_which_others_could_put_code_are_refused(
 
 
 def test_a_cache_may_lie_in_a_folder_for_everyone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As TRITON_CACHE_DIR=/tmp/mine: in a folder with the sticky bit nobody replaces what is not theirs."""
+    """In a folder with the sticky bit, such as TRITON_CACHE_DIR=/tmp/mine, users cannot replace files of others."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     tmp_path.chmod(0o1777)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "mine"))

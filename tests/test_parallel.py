@@ -1,4 +1,4 @@
-"""How ranks agree, and on what they compute."""
+"""How ranks agree, and on which device they compute."""
 
 import os
 import sys
@@ -18,27 +18,29 @@ from jitscale.training.engine import _name_device_as_deepspeed_does
 from jitscale.training.feed import Feed
 
 
-def test_cuda_that_is_not_there_is_refused() -> None:
+def test_missing_cuda_is_refused() -> None:
     assert parallel.choose_device("auto").type == "cpu"
     with pytest.raises(ConfigError, match="PyTorch sees no GPU"):
         parallel.choose_device("cuda")
 
 
 @pytest.mark.parametrize(("visible", "index"), [(1, 0), (8, 1)])
-def test_a_task_that_sees_its_own_gpu_only_takes_that_one(
-    monkeypatch: pytest.MonkeyPatch, visible: int, index: int
-) -> None:
-    """The second rank of a node, with --gpus-per-task=1 and without: DeepSpeed reads LOCAL_RANK as a device's index."""
+def test_a_task_with_one_visible_gpu_takes_that_one(monkeypatch: pytest.MonkeyPatch, visible: int, index: int) -> None:
+    """The second rank of a node, with and without --gpus-per-task=1.
+
+    DeepSpeed reads LOCAL_RANK as the index of a device.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")  # of mpirun, which has started torchrun
+    # mpirun sets this variable, and mpirun may have started torchrun.
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")
     device = parallel.choose_device("auto")
     assert device == torch.device("cuda", index)
     _name_device_as_deepspeed_does(device)
     assert os.environ["LOCAL_RANK"] == str(index)
     assert "OMPI_COMM_WORLD_LOCAL_RANK" not in os.environ
-    assert parallel.choose_device("auto") == device, "asked again"
+    assert parallel.choose_device("auto") == device, "a second call gives the same device"
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +60,10 @@ def test_everything_works_in_one_process() -> None:
 
 
 @pytest.mark.parametrize(("rank", "said"), [(0, []), (3, ["rank 3: /data/a.tar: cannot be read; restore it"])])
-def test_what_one_rank_meets_alone_is_said_with_its_number(
+def test_an_error_of_one_rank_is_logged_with_its_number(
     rank: int, said: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rank 0 prints its own as the command's message."""
+    """Rank 0 has no such line: it prints its error as the command's message."""
 
     def broken() -> Iterator[Any]:
         raise DataError("/data/a.tar: cannot be read; restore it")
@@ -88,7 +90,7 @@ def test_what_one_rank_meets_alone_is_said_with_its_number(
         ("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms", False),
     ],
 )
-def test_a_rank_that_another_one_has_left_says_one_line(
+def test_a_lost_peer_is_a_one_line_error(
     text: str, is_lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command() -> int:
@@ -106,7 +108,7 @@ def test_a_rank_that_another_one_has_left_says_one_line(
         assert met.value.code == ExitCode.FAILED
     said = capsys.readouterr().err.splitlines()
     assert [line[:47] for line in said] == ["error: rank 2: ends because another rank has en"] * is_lost
-    assert not (tmp_path / "error.json").exists(), "torchrun names another rank as the cause"
+    assert not (tmp_path / "error.json").exists(), "torchrun must name another rank as the cause"
 
 
 def test_a_gpu_whose_memory_is_full_is_one_line_with_the_remedy(
@@ -134,7 +136,7 @@ def test_a_gpu_whose_memory_is_full_is_one_line_with_the_remedy(
 
 @pytest.mark.parametrize("hang_timeout", [0.0, 8.0, 1700.0, 1800.0, 7200.0, 1e6])
 def test_stacks_are_written_before_a_collective_fails(hang_timeout: float) -> None:
-    """A watch needs a twentieth of its time more, and then some seconds to write."""
+    """A watch takes a twentieth of its time more, and then some seconds to write."""
     assert parallel.collective_seconds(hang_timeout) >= max(1800.0, 1.05 * hang_timeout + 60.0)
     assert parallel.collective_seconds(1e300) < float("inf")
 
@@ -144,7 +146,7 @@ def test_every_process_group_outlasts_the_watch(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(name, raising=False)
     limits = set()
     with parallel.joined(torch.device("cpu"), hang_timeout=7200.0):
-        of_deepspeed = dist.new_group([0])  # as it makes them, without a limit
+        of_deepspeed = dist.new_group([0])  # DeepSpeed makes its groups like this, without a limit.
         parallel.let_collectives_outlast(7200.0)
         for group in (dist.group.WORLD, of_deepspeed):
             limits.add(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())  # type: ignore[union-attr]
@@ -152,7 +154,7 @@ def test_every_process_group_outlasts_the_watch(monkeypatch: pytest.MonkeyPatch)
     assert limits == {parallel.collective_seconds(7200.0)}
 
 
-def test_what_differs_between_ranks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_between_ranks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     parallel.require_alike("the kernel", "sdpa", "repair it")
     monkeypatch.setattr(parallel, "gather_objects", lambda value: ["flash"] * 12 + ["sdpa"] + ["flash"])
     said = "the kernel is not the same on all ranks (ranks 0, 1, 2, 3, 4, 5, 6, 7 and 5 more: flash; rank 12: sdpa); "

@@ -1,4 +1,4 @@
-"""The stages of a run through rising resolutions, and which are refused."""
+"""The stages of a run through rising resolutions, and stages that are refused."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +20,7 @@ def configured(*overrides: str) -> Config:
     return load_config(ROOT / "configs/jit_b_256.yaml", ["run.dir=runs/p", *overrides])
 
 
-def test_stages_differ_by_what_an_upgrade_changes() -> None:
+def test_stages_differ_only_in_settings_that_an_upgrade_changes() -> None:
     config = configured("progressive.resolutions=[64,128]", "progressive.images=[1000,2000]", "run.max_images=3000")
     low, middle, high = stages_of(config)
     assert [(s.model.image_size, s.model.patch_size, s.diffusion.noise_scale) for s in (low, middle, high)] == [
@@ -49,7 +49,7 @@ def test_stages_of_asym_with_a_middle_layer() -> None:
         assert plan_upgrade(low, middle).ratio == plan_upgrade(middle, high).ratio == 2
 
 
-def test_folders_of_a_run(tmp_path: Path) -> None:
+def test_the_folders_of_a_progressive_run(tmp_path: Path) -> None:
     (tmp_path / "at_64px").mkdir()
     assert run_dirs(tmp_path) == [tmp_path, tmp_path / "at_64px"]
 

@@ -1,4 +1,4 @@
-"""What `import jitscale` offers, and what it says about arguments that cannot be meant."""
+"""The functions of `import jitscale`, and their messages about impossible arguments."""
 
 import logging
 from pathlib import Path
@@ -40,12 +40,12 @@ def model() -> JiT:
         ([-1], r"got \[-1\]"),
     ],
 )
-def test_labels_that_cannot_be_meant(model: JiT, labels: Any, message: str) -> None:
+def test_impossible_labels_are_refused(model: JiT, labels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=r"labels: need one or more integers in \[0, 10\], such as \[0\], " + message):
         jitscale.sample(model, labels=labels)
 
 
-def test_labels_of_any_integer_type(model: JiT) -> None:
+def test_labels_may_have_any_integer_type(model: JiT) -> None:
     expected = jitscale.sample(model, [3, 10], steps=2)
     for labels in (torch.tensor([3, 10]), np.array([3, 10], np.uint8), np.array([3, 10], np.int32), (3, 10)):
         assert torch.equal(jitscale.sample(model, labels, steps=2), expected)
@@ -54,15 +54,16 @@ def test_labels_of_any_integer_type(model: JiT) -> None:
 
 
 def test_pictures_are_clamped_and_rounded() -> None:
-    """A cast to uint8 would wrap 1.01 to black, and truncate."""
+    """A cast to uint8 would truncate, and would wrap 1.01 to black."""
     images = torch.empty(2, 3, 4, 5)
-    images[0, 0], images[0, 1], images[0, 2] = 1.01, -1.5, 0.0  # 0 lies between 127 and 128, and goes to the even one
-    images[1] = 0.99607  # 254.499 of 255
+    # 0 lies between 127 and 128; it is rounded to the even one.
+    images[0, 0], images[0, 1], images[0, 2] = 1.01, -1.5, 0.0
+    images[1] = 0.99607  # this is 254.499 of 255
     first, second = jitscale.to_pil(images)
     assert (first.size, first.mode) == ((5, 4), "RGB")
     assert first.getpixel((0, 0)) == (255, 0, 128)
     assert second.getpixel((4, 3)) == (254, 254, 254)
-    assert float(images.max()) == pytest.approx(1.01), "the samples themselves stay as they are"
+    assert float(images.max()) == pytest.approx(1.01), "the samples themselves are unchanged"
     for wrong in (images[0], images.to(torch.uint8), np.zeros((1, 4, 4, 3), np.float32)):
         with pytest.raises(ValueError, match="expected"):
             jitscale.to_pil(wrong)  # type: ignore[arg-type]
@@ -70,8 +71,8 @@ def test_pictures_are_clamped_and_rounded() -> None:
         jitscale.to_pil(torch.stack([images[0], torch.full((3, 4, 5), torch.nan)]))
 
 
-def test_a_loaded_model_says_its_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Also that they are mostly the start of the run: 0.9999^60 = 99.4%."""
+def test_a_loaded_model_names_its_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A warning says if the weights are mostly the start of the run: 0.9999^60 = 99.4%."""
     state = JiT(MODEL).state_dict()
     config = Config(model=MODEL)
     config.ema.decays, config.evaluation.weights, config.run.max_steps = [0.9999], "ema_0.9999", 60

@@ -1,4 +1,4 @@
-"""Who may write into a run's folder, and the record of its starts."""
+"""Exclusive access to a run's folder, and the record of its starts."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from jitscale.parallel import raise_together
 from jitscale.run_folder import Attempts, after_the_end, claim, is_complete_under
 
 
-def test_a_folder_that_is_gone_is_noticed_and_claimed_again(tmp_path: Path) -> None:
+def test_a_removed_folder_is_noticed_and_claimed_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with ExitStack() as held, ExitStack() as other:
         claimed = claim(run, held)
@@ -28,7 +28,7 @@ def test_a_folder_that_is_gone_is_noticed_and_claimed_again(tmp_path: Path) -> N
         assert not claimed.is_lost()
         shutil.rmtree(run)
         claim(run, other)
-        assert claimed.is_lost(), "it is another run's"
+        assert claimed.is_lost(), "the folder belongs to another run"
         with pytest.raises(UserError, match=r"run: process \d+ on \S+ is at work there"):
             claimed.take_again()
 
@@ -47,9 +47,7 @@ def test_a_folder_that_is_gone_is_noticed_and_claimed_again(tmp_path: Path) -> N
         b"[" * 100_000,
     ],
 )
-def test_a_damaged_record_of_starts_begins_anew(
-    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_record_of_starts_is_reset(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "attempts.json").write_bytes(content)
     assert Attempts.begin(tmp_path, 5).starts == 1
     assert f"{tmp_path}/attempts.json: damaged" in caplog.text
@@ -58,7 +56,7 @@ def test_a_damaged_record_of_starts_begins_anew(
     assert Attempts.begin(tmp_path, 6).starts == 2
 
 
-def test_a_damaged_marker_of_completion_is_none(tmp_path: Path) -> None:
+def test_a_damaged_marker_of_completion_is_ignored(tmp_path: Path) -> None:
     config = Config()
     config.run.dir = str(tmp_path)
     for content in (b"[" * 200_000, b"\xff", b"[1]"):
@@ -66,7 +64,7 @@ def test_a_damaged_marker_of_completion_is_none(tmp_path: Path) -> None:
         assert not is_complete_under(config)
 
 
-def test_a_file_system_that_fails_after_the_end_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_file_system_after_the_end_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     def full() -> None:
         with data_error("result.json: cannot be written", "make room"):
             raise OSError(28, "No space left on device")
@@ -78,7 +76,7 @@ def test_a_file_system_that_fails_after_the_end_is_said(caplog: pytest.LogCaptur
         full()
 
 
-def test_an_error_of_a_file_system_is_one_line(
+def test_an_error_of_a_file_system_is_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full() -> int:
@@ -100,10 +98,10 @@ def test_an_error_of_a_file_system_is_one_line(
         *((errno.ENOTDIR, ExitCode.USER_ERROR), (None, ExitCode.USER_ERROR)),
     ],
 )
-def test_a_new_start_follows_a_storage_that_fails_and_no_wrong_path(
+def test_failing_storage_allows_a_restart_and_a_wrong_path_does_not(
     number: int | None, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job's supervisor puts it back into the queue unless the exit code is 2."""
+    """A job's supervisor requeues it unless the exit code is 2."""
 
     def fail() -> int:
         raise OSError("damaged") if number is None else OSError(number, os.strerror(number))
@@ -119,4 +117,6 @@ def test_a_new_start_follows_a_storage_that_fails_and_no_wrong_path(
         assert ended.value.code == code
     with pytest.raises(StorageError) as met:
         raise_together(fail)
-    assert pickle.loads(pickle.dumps(met.value)).is_wrong == (code == ExitCode.USER_ERROR), "it travels between ranks"
+    assert pickle.loads(pickle.dumps(met.value)).is_wrong == (code == ExitCode.USER_ERROR), (
+        "the error must survive the way between ranks"
+    )

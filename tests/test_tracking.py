@@ -1,4 +1,4 @@
-"""metrics.jsonl."""
+"""The file metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ def tracker(run_dir: Path, resumed_step: int | None = 0) -> Tracker:
     return Tracker(Config(tracking=TrackingConfig(wandb="off")), run_dir, True, resumed_step)
 
 
-def test_lines_of_a_repeated_stretch_appear_once(tmp_path: Path) -> None:
+def test_repeated_steps_appear_once(tmp_path: Path) -> None:
     first = tracker(tmp_path)
     for step in range(1, 8):
         first.log({"step": step, "loss": 1.0})
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "lo')  # a kill cut this line short
+        file.write('{"step": 8, "lo')  # A kill truncated this line.
     second = tracker(tmp_path, resumed_step=5)
     for step in (6, 7, 8):
         second.log({"step": step, "loss": 2.0})
@@ -32,7 +32,7 @@ def test_lines_of_a_repeated_stretch_appear_once(tmp_path: Path) -> None:
 DAMAGED_LINES = (b'{"loss": 1.0}', b"[3]", b"7", b'{"step": "4"}', b'{"step": true}', b"\xff\xfe", b"", b"[" * 100_000)
 
 
-def test_damaged_lines_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_lines_are_left_out_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sound = [json.dumps({"step": step, "loss": 1.0}).encode() for step in range(1, 7)]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*sound[:2], *DAMAGED_LINES, *sound[2:], *DAMAGED_LINES, b""]))
     (tmp_path / "evaluations.jsonl").write_bytes(b"\xff\n")
@@ -49,20 +49,20 @@ def test_damaged_lines_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogC
     assert caplog.text == ""
 
 
-def test_a_resume_reads_the_end_of_the_metrics_alone(tmp_path: Path) -> None:
-    """What is before the checkpoint may be as long as it likes: here it would not even fit into memory."""
+def test_a_resume_reads_only_the_end_of_the_metrics(tmp_path: Path) -> None:
+    """The part before the checkpoint may have any length: here it would not fit into memory."""
     path = tmp_path / "metrics.jsonl"
     end = '\n{"step": 7}\n{"step": 8, "held_out/model": 1}\n{"step": 8, "loss": 2}\n'
     with path.open("wb") as file:
-        file.seek(2**40)  # a hole
+        file.seek(2**40)  # This leaves a hole.
         file.write((end + '{"step": 9}\n{"step": 10, "lo').encode())
     tracker(tmp_path, resumed_step=8).close()
     assert path.stat().st_size == 2**40 + len(end)
     assert held_out_after(tmp_path, 7) == [{"step": 8, "held_out/model": 1}]
 
 
-def test_lines_of_held_out_samples_stand_aside(tmp_path: Path) -> None:
-    """Readers of steps do not meet them; a resume and a rollback take them back as other lines."""
+def test_lines_of_held_out_samples_are_read_separately(tmp_path: Path) -> None:
+    """They do not appear among the steps. A resume and a rollback remove them like other lines."""
     assert read_held_out(tmp_path) == []
     record = tracker(tmp_path)
     for step in range(1, 7):
@@ -83,7 +83,7 @@ def test_lines_of_held_out_samples_stand_aside(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_become_null(tmp_path: Path) -> None:
     record = tracker(tmp_path)
     record.log({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "mfu": None})
     record.close()
@@ -98,7 +98,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_loses_lines_but_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     record = tracker(tmp_path)
     record.log({"step": 1, "images": 8})
     record._metrics = Path("/dev/full")

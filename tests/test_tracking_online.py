@@ -1,4 +1,4 @@
-"""W&B online, on a local server that speaks its protocol: `make test-wandb`, which installs the server."""
+"""W&B online, on a local server with W&B's protocol. `make test-wandb` installs the server and runs this file."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 from tests.support import ROOT
 
 SERVER = ROOT / ".venv-wandb-server/bin/openwandb"
-KEY = "local" + "0" * 40  # the one that the server's first user has
+KEY = "local" + "0" * 40  # the key of the server's first user
 
 pytestmark = pytest.mark.wandb
 
@@ -54,7 +54,7 @@ print("closed in", time.monotonic() - start)
 
 
 class Server:
-    """The server's process, and what it has stored of runs."""
+    """The process of the server, and the runs that it has stored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -92,14 +92,14 @@ class Server:
         self.process.wait(timeout=30)
 
     def environment(self, **changes: str) -> dict[str, str]:
-        """Of a run: nothing of the machine's user, the key unless it is changed."""
+        """The environment of a run: nothing from the machine's user; `changes` may replace the key."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         nowhere = {"NETRC": str(self.folder / "netrc"), "WANDB_CONFIG_DIR": str(self.folder / "settings")}
         own = {"WANDB_BASE_URL": f"http://127.0.0.1:{self.port}", "WANDB_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
         return {**kept, **nowhere, **own, **changes}
 
     def live(self, run_dir: Path, last: int, until: int, end: str, **changes: str) -> str:
-        """A process that records the steps after `last` up to `until`, and ends so; returns what it printed."""
+        """Record the steps after `last` up to `until` in a process that ends as `end` says; returns its output."""
         run_dir.mkdir(exist_ok=True)
         words = [str(run_dir), str(last), str(until), end, str(self.process.pid)]
         done = subprocess.run(
@@ -115,7 +115,7 @@ class Server:
         return done.stdout
 
     def stored(self, run_dir: Path) -> Path:
-        """Where the server keeps the run's files."""
+        """The folder in which the server stores the run's files."""
         return self.folder / "files/default/tests" / (run_dir / "wandb_id").read_text()
 
     def history(self, run_dir: Path) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ def test_one_run_through_a_kill_and_a_requeue(server: Server, tmp_path: Path) ->
     server.live(run_dir, 0, 4, "killed")
     server.live(run_dir, 2, 6, "requeued")
     server.live(run_dir, 6, 8, "done")
-    assert len(list(server.stored(run_dir).parent.iterdir())) == 1, "one run"
+    assert len(list(server.stored(run_dir).parent.iterdir())) == 1, "the server has one run"
     stored = server.stored(run_dir)
     history = server.history(run_dir)
     assert [line["step"] for line in history] == [1, 2, 3, 4, 3, 4, 5, 6, 7, 8]

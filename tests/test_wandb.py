@@ -1,4 +1,4 @@
-"""What a run records in W&B, offline or with a server that refuses it."""
+"""The records of a run in W&B, offline or with a server that refuses it."""
 
 import json
 import os
@@ -26,7 +26,7 @@ KEY = "0" * 40
 
 @pytest.fixture(autouse=True)
 def no_wandb_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """W&B finds no key and no settings of the machine's user; returns an empty folder, where it looks for them."""
+    """W&B finds no key and no settings of the machine's user. Returns the empty folder in which it looks for them."""
     folder = tmp_path_factory.mktemp("wandb_settings")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
@@ -34,7 +34,7 @@ def no_wandb_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(folder))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(folder)
-    wandb.teardown()  # it keeps what it has read
+    wandb.teardown()  # wandb caches what it has read.
     yield folder
     wandb.teardown()
 
@@ -62,21 +62,21 @@ record.close()
 
 
 def live(run_dir: Path, last: int, until: int, end: str) -> None:
-    """A process that records the steps after `last` up to `until`, and is killed then or closes the record."""
+    """Run a process that records the steps after `last` up to `until`. It is then killed, or it closes the record."""
     command = [sys.executable, "-c", LIFE, str(run_dir), str(last), str(until), end]
     code = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=False).returncode
     assert code == (-signal.SIGKILL if end == "killed" else 0)
 
 
 def test_wandb_continues_under_one_id(tmp_path: Path) -> None:
-    """A process is killed, the next one repeats some steps and is requeued, the last one goes on to the end."""
+    """One process is killed, the next one repeats some steps and is requeued, the last one continues to the end."""
     live(tmp_path, 0, 2000, "killed")
     live(tmp_path, 500, 2004, "requeued")
     live(tmp_path, 2004, 2006, "done")
     ids, history, summary, _ = recorded(tmp_path)
     assert ids == [(tmp_path / "wandb_id").read_text()] * 3
     again = next(number for number in range(1, len(history)) if history[number]["step"] == 501 != number + 1)
-    # W&B writes every 15 seconds, or what fills 32 KiB: the killed process has lost its last lines there.
+    # W&B writes every 15 seconds, or when 32 KiB are full, so the killed process loses its last lines.
     assert 1000 < again <= 2000
     assert [line["step"] for line in history] == [*range(1, again + 1), *range(501, 2007)]
     assert all(line["images"] == 8 * line["step"] for line in history)
@@ -144,7 +144,7 @@ def test_samples_curves_table_and_summary_are_recorded(tmp_path: Path) -> None:
     assert "kid" not in summary
 
 
-def test_one_setting_is_no_sweep_and_two_intervals_are_two_lines(tmp_path: Path) -> None:
+def test_one_setting_makes_no_curve_and_two_intervals_make_two_lines(tmp_path: Path) -> None:
     record = tracker(tmp_path / "one", wandb="offline")
     record.log_final(final_result([sweep_row("model", 2.0, 100, 3.0)]))
     record.close()
@@ -159,7 +159,7 @@ def test_one_setting_is_no_sweep_and_two_intervals_are_two_lines(tmp_path: Path)
     assert [row[1:] for row in curve["data"]] == [["model, 0.1:1", 3.0], ["model, 0.2:1", 4.0]]
 
 
-def test_the_curve_is_named_after_the_guidance_that_is_swept(tmp_path: Path) -> None:
+def test_the_curve_is_named_after_the_swept_guidance(tmp_path: Path) -> None:
     """A curve over internal guidance must not appear under the key of classifier-free guidance."""
     rows = [{**sweep_row("model", 2.0, 100, 9 - w), "internal_guidance": w} for w in (1.0, 1.4)]
     record = tracker(tmp_path, wandb="offline")
@@ -171,8 +171,8 @@ def test_the_curve_is_named_after_the_guidance_that_is_swept(tmp_path: Path) -> 
     assert curve["data"] == [[1.0, "model", 8.0], [1.4, "model", 7.6]]
 
 
-def test_a_sweep_of_internal_guidance_has_it_along_its_lines() -> None:
-    """Where guidance is swept too, guidance lies along them and internal guidance names them."""
+def test_the_lines_of_a_sweep_run_along_internal_guidance() -> None:
+    """If guidance is swept too, the lines run along guidance, and internal guidance names the lines."""
     inner = {"internal_interval": [0.0, 0.8]}
     rows = [{**sweep_row("model", 2.0, 100, 9 - w), "internal_guidance": w, **inner} for w in (1.4, 1.0, 1.8)]
     along, lines = sweep_lines([*rows, {**sweep_row("model", 2.0, 500, 1.0), "internal_guidance": 1.8, **inner}])
@@ -186,7 +186,7 @@ def test_a_sweep_of_internal_guidance_has_it_along_its_lines() -> None:
     ]
     assert sweep_lines([sweep_row("model", 1.0, 100, None)]) == ("guidance_scale", {})
     other = [{("fd_dinov2" if key == "fid" else key): value for key, value in row.items()} for row in rows]
-    assert list(sweep_lines(other)[1]) == list(sweep_lines(rows)[1]), "the distance of a network without FID"
+    assert list(sweep_lines(other)[1]) == list(sweep_lines(rows)[1]), "the distance of a network that gives no FID"
     assert distance_of({"num_images": 1, "fd_dinov2": 1.0, "fd_dinov2_floor": 0.5, "fd_inception": 2.0}) == "fd_dinov2"
     assert distance_of({"fd_dinov2": 1.0, "fid": 2.0}) == "fid"
 
@@ -198,7 +198,7 @@ def test_secrets_are_in_no_file_of_the_record(tmp_path: Path, monkeypatch: pytes
     config = Config(data=DataConfig(shards=address), tracking=TrackingConfig(wandb="offline"))
     record = Tracker(config, tmp_path, True, 0)
     assert sys.argv is words
-    assert words[3] == address, "the process keeps its words"
+    assert words[3] == address, "the process keeps its arguments"
     record.log({"step": 1, "images": 8})
     record.log_final(final_result([sweep_row("model", 1.0, 100, 3.0), sweep_row("model", 2.0, 100, 2.0)]))
     record.close()
@@ -250,7 +250,7 @@ def test_a_missing_key_is_refused(
 
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_the_mode_of_the_environment_wins(
+def test_the_mode_of_the_environment_overrides_the_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
@@ -263,8 +263,11 @@ def test_the_mode_of_the_environment_wins(
     assert "W&B failed" not in caplog.text
 
 
-def test_a_second_record_leaves_the_first_ones_file(tmp_path: Path) -> None:
-    """A sweep beside the training: what the training writes on is what is read; a line half written is left out."""
+def test_a_second_record_keeps_the_file_of_the_first_one(tmp_path: Path) -> None:
+    """A sweep records next to the training: the training's file is read while it grows.
+
+    An incomplete line is left out.
+    """
     training = tracker(tmp_path)
     training.log({"step": 1})
     tracker(tmp_path, resumed_step=None).close()
@@ -274,7 +277,7 @@ def test_a_second_record_leaves_the_first_ones_file(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_a_wandb_that_cannot_start_falls_back_to_offline(
+def test_if_wandb_cannot_start_the_record_is_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
@@ -288,7 +291,7 @@ def test_a_wandb_that_cannot_start_falls_back_to_offline(
     assert f"wandb sync {tmp_path}/wandb/offline-run-*" in caplog.text
 
 
-def test_an_id_that_cannot_be_read_does_not_stop_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_id_does_not_stop_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "wandb_id").mkdir()
     record = tracker(tmp_path, wandb="offline")
     record.log({"step": 1, "images": 8})
@@ -307,7 +310,7 @@ def test_a_damaged_id_is_replaced(tmp_path: Path, content: bytes, caplog: pytest
     assert ("damaged, not an id of W&B" in caplog.text) == bool(content)
 
 
-def test_the_id_of_a_sweep_is_said(
+def test_the_id_of_a_sweep_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
@@ -317,7 +320,7 @@ def test_the_id_of_a_sweep_is_said(
     assert f"W&B records under the id ofsweep1 of its sweep, not under {own} of RUN/wandb_id" in caplog.text
 
 
-def test_a_picture_that_wandb_cannot_take_does_not_stop_training(
+def test_a_picture_that_wandb_refuses_does_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     record = tracker(tmp_path, wandb="offline")
@@ -330,7 +333,7 @@ def test_a_picture_that_wandb_cannot_take_does_not_stop_training(
     assert len(read_metrics(tmp_path)) == 1
 
 
-def test_a_table_that_wandb_cannot_take_does_not_stop_the_evaluation(
+def test_a_table_that_wandb_refuses_does_not_stop_the_evaluation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     record = tracker(tmp_path, wandb="offline")
@@ -351,7 +354,7 @@ class Refusing(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def test_a_key_that_the_server_refuses_falls_back_to_offline(
+def test_if_the_server_refuses_the_key_the_record_is_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)

@@ -1,4 +1,4 @@
-"""Tests of weights on disk."""
+"""Shared set-up for the tests of weights on disk."""
 
 from importlib.util import find_spec
 

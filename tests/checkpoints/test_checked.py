@@ -1,4 +1,4 @@
-"""What a tool has written is opened again before it gets its name: broken output is refused and leaves nothing."""
+"""A tool reopens its output before it gives it its final name. It refuses broken output and leaves nothing behind."""
 
 import argparse
 import resource
@@ -28,7 +28,7 @@ NOT_FINITE = f"{BROKEN} of the set .* holds values that are not finite"
 
 
 class BreaksLater(StoredWeights):
-    """Weights that are sound the first time a tensor is read, and not finite from then on."""
+    """Weights that are finite the first time a tensor is read, and NaN at every later read."""
 
     def __init__(self, stored: StoredWeights) -> None:
         self.path, self.config, self.shapes = stored.path, stored.config, stored.shapes
@@ -44,8 +44,8 @@ class BreaksLater(StoredWeights):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_form_keeps_an_output_that_is_not_sound(form: str, tmp_path: Path) -> None:
-    """The source is sound when it is looked at first, and what is written is not."""
+def test_no_form_keeps_an_output_that_is_not_finite(form: str, tmp_path: Path) -> None:
+    """The source is finite at the first check, but the written tensors are not."""
     stored = BreaksLater(open_weights(run_of(tmp_path / "run", settings())))
     (config := tmp_path / "config.yaml").write_bytes(
         (tmp_path / "run/checkpoints/step_00000007/config.yaml").read_bytes()
@@ -61,13 +61,15 @@ def test_no_form_keeps_an_output_that_is_not_sound(form: str, tmp_path: Path) ->
         checked_output(options.output, conversion.config, conversion.sets) as staged,
     ):
         conversion.write(staged)
-    assert str(error.value).startswith(f"{options.output}"), "the name that was asked for, not the hidden one"
+    assert str(error.value).startswith(f"{options.output}"), (
+        "the message names the requested output, not the staging folder"
+    )
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_disk_that_is_full_is_refused_in_one_line(form: str, tmp_path: Path) -> None:
-    """Also by the libraries that hide the system's error behind one of their own."""
+def test_a_full_disk_is_a_one_line_error(form: str, tmp_path: Path) -> None:
+    """This also holds for libraries that wrap the system's error in one of their own."""
     run = run_of(tmp_path / "run", settings())
     (config := tmp_path / "config.yaml").write_bytes((run / "checkpoints/step_00000007/config.yaml").read_bytes())
     by_form: dict[str, list[object]] = {
@@ -87,7 +89,7 @@ def test_a_disk_that_is_full_is_refused_in_one_line(form: str, tmp_path: Path) -
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_upgrade_that_is_not_sound_leaves_nothing(tmp_path: Path) -> None:
+def test_an_upgrade_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
     stored = BreaksLater(open_weights(run_of(tmp_path / "run", settings())))
     target = replace(settings(image_size=32, patch_size=8), diffusion=replace(stored.config.diffusion, noise_scale=4.0))
     target.run.dir = str(tmp_path / "high")
@@ -96,8 +98,8 @@ def test_an_upgrade_that_is_not_sound_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "high").exists()
 
 
-def test_averages_that_are_not_sound_leave_nothing(tmp_path: Path) -> None:
-    """Coefficients that overflow float32, of snapshots that are sound."""
+def test_averages_that_are_not_finite_leave_nothing(tmp_path: Path) -> None:
+    """The snapshots are finite, but their coefficients overflow float32."""
     snapshot = Checkpoint(next((run_of(tmp_path / "run", settings()) / "checkpoints").iterdir()))
     solution = Reconstruction(np.full((1, 1), 1e300), np.zeros(1), np.zeros(1))
     with pytest.raises(CheckpointError, match=r"of the set power_0\.100 holds values that are not finite"):
@@ -128,8 +130,8 @@ def test_each_kind_of_broken_tensor(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_another_claim_than_was_meant_is_refused(tmp_path: Path) -> None:
-    """Sound weights whose file says another noise scale, network or name."""
+def test_metadata_that_differ_from_the_configuration_are_refused(tmp_path: Path) -> None:
+    """The weights are finite, but the file states another noise scale, network or name."""
     stored = open_weights(run_of(tmp_path / "run", settings()))
     other: dict[str, tuple[Config, list[str], str]] = {
         "scale": (settings(diffusion=replace(stored.config.diffusion, noise_scale=5.0)), ["model"], "noise_scale=2"),
@@ -148,7 +150,7 @@ def write_model(stored: StoredWeights, output: Path, config: Config, sets: list[
         write_safetensors(staged / "model.safetensors", stored, "model")
 
 
-def test_a_folder_that_exists_keeps_its_other_files(tmp_path: Path) -> None:
+def test_an_existing_folder_keeps_its_other_files(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", settings())
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("kept")

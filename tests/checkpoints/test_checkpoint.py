@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what counts as complete, what is refused."""
+"""Checkpoints on disk: which ones are complete, and which ones are refused."""
 
 import importlib.metadata
 import json
@@ -50,7 +50,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_parameter_split_over_files_is_read_across_them(tmp_path: Path) -> None:
-    """Two fragments of one parameter, as two ranks would have written them."""
+    """Two ranks wrote one fragment of the parameter each."""
     flats = [torch.arange(7.0), torch.arange(7.0, 12.0)]
     fragments = [Fragment("first", (3, 4), 0, 0, 7, 0), Fragment("first", (3, 4), 1, 0, 5, 7)]
     write_folder(step_folder(tmp_path, 1), Progress(1, 1, 1, None), Config(), fragments, {"model": flats})
@@ -59,8 +59,8 @@ def test_a_parameter_split_over_files_is_read_across_them(tmp_path: Path) -> Non
     assert torch.equal(checkpoint.read("model", "first", 5, 9), torch.tensor([5.0, 6.0, 7.0, 8.0]))
 
 
-def test_only_a_marked_folder_counts(tmp_path: Path) -> None:
-    """What a kill leaves during a save, or during a removal, stays invisible."""
+def test_only_a_folder_with_its_marker_is_a_checkpoint(tmp_path: Path) -> None:
+    """A kill during a save or a removal leaves a folder without a marker. Such a folder stays invisible."""
     write(tmp_path, 1)
     unfinished = write(tmp_path, 2)
     (unfinished / MARKER).unlink()
@@ -90,7 +90,7 @@ def test_a_truncated_file_is_refused_before_anything_is_read(tmp_path: Path) -> 
         latest_checkpoint(tmp_path)
 
 
-def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_file_is_a_one_line_error(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
     file = folder / "rank_00000.safetensors"
     file.write_bytes(b"\xff" * file.stat().st_size)
@@ -102,7 +102,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
             Checkpoint(folder)
 
 
-def test_a_gap_between_fragments_is_not_read_as_memory(tmp_path: Path) -> None:
+def test_a_gap_between_fragments_is_refused_and_not_filled_with_old_memory(tmp_path: Path) -> None:
     fragments = [Fragment("first", (3, 4), 0, 0, 5, 0), Fragment("first", (3, 4), 1, 0, 5, 7)]
     write_folder(
         step_folder(tmp_path, 1),
@@ -115,8 +115,8 @@ def test_a_gap_between_fragments_is_not_read_as_memory(tmp_path: Path) -> None:
         Checkpoint(step_folder(tmp_path, 1))
 
 
-def test_another_network_is_refused_with_its_differences(tmp_path: Path) -> None:
-    """By the settings that were stored, else by the parameters that are there; and another noise scale."""
+def test_another_network_is_refused_and_the_differences_are_named(tmp_path: Path) -> None:
+    """The stored settings are compared; if there are none, the parameters are. Another noise scale is refused too."""
     config = Config(model=replace(TINY, in_context_start=0), run=RunConfig(max_steps=1))
     shapes = shapes_of(config)
 
@@ -143,7 +143,7 @@ def test_another_network_is_refused_with_its_differences(tmp_path: Path) -> None
     assert "third: (1,) there, absent in this network" in str(error.value)
 
 
-def test_a_set_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_weight_set_is_named(tmp_path: Path) -> None:
     write(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"no weight set 'ema_0.5'; choose one of model, ema_0.9"):
         open_weights(tmp_path).network("ema_0.5")
@@ -153,8 +153,8 @@ def test_a_set_that_is_not_there_is_named(tmp_path: Path) -> None:
         open_weights(tmp_path / "checkpoints")
 
 
-def test_a_checkout_that_is_not_installed_writes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no package metadata to ask for its version; nor has a DeepSpeed on PYTHONPATH."""
+def test_a_checkout_without_installation_writes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the checkout nor a DeepSpeed on PYTHONPATH has package metadata that states a version."""
 
     def absent(package: str) -> str:
         raise importlib.metadata.PackageNotFoundError(package)

@@ -1,4 +1,7 @@
-"""Folders of diffusers: what is written opens with the real diffusers, and every form of them is read bit by bit."""
+"""Folders in the format of diffusers.
+
+The real diffusers opens what we write, and we read each of its forms bit by bit.
+"""
 
 import json
 import logging
@@ -23,7 +26,8 @@ from tests.support.tiny import MODEL
 from tests.support.weights import assert_same, convert, run_of, settings
 
 PLAIN = "transformer/diffusion_pytorch_model.safetensors"
-WIDE = replace(MODEL, hidden_size=416, num_heads=4, depth=1, in_context_start=0)  # a quarter of G, with heads as wide
+# a quarter of size G, with heads of the same width
+WIDE = replace(MODEL, hidden_size=416, num_heads=4, depth=1, in_context_start=0)
 NETWORKS: dict[str, ModelConfig] = {
     "conditional": MODEL,
     "unconditional": replace(MODEL, num_classes=0),
@@ -52,7 +56,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_round_trip_through_the_real_diffusers(name: str, tmp_path: Path) -> None:
-    """Ours -> folder -> diffusers' from_pretrained and save_pretrained -> ours, each tensor the same bits."""
+    """Our run -> folder -> diffusers' from_pretrained and save_pretrained -> our reader: each tensor keeps its bits."""
     run = run_of(tmp_path / "run", settings(NETWORKS[name]))
     folder, source = exported(run, tmp_path / "folder"), open_weights(run)
     assert_same(open_weights(folder), source, "ema_0.9", "ema_0.9")
@@ -82,7 +86,7 @@ def _yaml(folder: Path, run: Path) -> Path:
 
 
 def test_split_files_both_ways(run: Path, tmp_path: Path) -> None:
-    """Several files above a limit, written by us and by diffusers, also as a variant."""
+    """Weights above a size limit are split into several files, by us and by diffusers, also for a variant."""
     source = open_weights(run)
     folder = exported(run, tmp_path / "folder", "--max-shard-bytes", 40_000)
     parts = sorted(path.name for path in (folder / "transformer").glob("*.safetensors"))
@@ -107,7 +111,7 @@ def test_split_files_both_ways(run: Path, tmp_path: Path) -> None:
     assert open_weights(tmp_path / "theirs").weight_sets == ["ema_0.9", "bf16"]
 
 
-def test_the_small_files_are_those_of_diffusers(run: Path, tmp_path: Path) -> None:
+def test_the_json_files_equal_those_of_diffusers(run: Path, tmp_path: Path) -> None:
     folder = exported(run, tmp_path / "folder")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     pipeline = diffusers.DiffusionPipeline.load_config(folder)
@@ -124,7 +128,7 @@ def test_the_small_files_are_those_of_diffusers(run: Path, tmp_path: Path) -> No
     JiTPipeline(model, scheduler).save_pretrained(tmp_path / "pipeline")
     for name in ("scheduler/scheduler_config.json", "model_index.json"):
         theirs = (tmp_path / "pipeline" / name).read_text()
-        # The class is not in diffusers yet, so it would name this test's module.
+        # The class is not in diffusers yet, so config.json would otherwise name the module of this test.
         theirs = theirs.replace('"tests.support.diffusers_jit"', '"diffusers"').replace(
             '"diffusers_jit"', '"diffusers"'
         )
@@ -137,7 +141,7 @@ def test_the_small_files_are_those_of_diffusers(run: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("form", ["before 2026-06-28", "april"])
 def test_older_forms_are_read(form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A network of the paper's size B, thin, as the community's folders hold it; their code stays closed."""
+    """A thin network of the paper's size B, as the community's folders store it. Code in such a folder never runs."""
     model = replace(MODEL, image_size=256, patch_size=64, depth=5, in_context_start=4, num_classes=3)
     source = open_weights(run_of(tmp_path / "run", settings(model, DiffusionConfig())))
     tensors = {name: source.tensor("model", name) for name in source.shapes}
@@ -175,7 +179,7 @@ def test_older_forms_are_read(form: str, tmp_path: Path, caplog: pytest.LogCaptu
         open_weights(tmp_path / "flat", replace(told, model=replace(model, depth=6)))
 
 
-def test_another_table_of_positions_is_refused(run: Path, tmp_path: Path) -> None:
+def test_an_unknown_position_table_is_refused(run: Path, tmp_path: Path) -> None:
     folder = exported(run, tmp_path / "folder")
     tensors = load_file(folder / PLAIN)
     stretched = sincos_position_table(32, 4, 8)[None]
@@ -205,7 +209,9 @@ def test_another_table_of_positions_is_refused(run: Path, tmp_path: Path) -> Non
         ({"model_type": "JiT-Z/2"}, "model_type=JiT-Z/2 is none of JiT-B"),
     ],
 )
-def test_what_no_jit_here_has_is_one_line(change: dict[str, Any], message: str, run: Path, tmp_path: Path) -> None:
+def test_features_that_our_network_lacks_are_a_one_line_error(
+    change: dict[str, Any], message: str, run: Path, tmp_path: Path
+) -> None:
     folder = exported(run, tmp_path / "folder")
     lost = {key for key, value in change.items() if value is None}
     edit(
@@ -217,7 +223,7 @@ def test_what_no_jit_here_has_is_one_line(change: dict[str, Any], message: str, 
     assert str(folder) in str(error.value)
 
 
-def test_tensors_that_are_lost_or_there_twice_are_named(run: Path, tmp_path: Path) -> None:
+def test_missing_and_duplicate_tensors_are_named(run: Path, tmp_path: Path) -> None:
     folder = exported(run, tmp_path / "folder")
     sound = load_file(folder / PLAIN)
     lost, key = "blocks.1.attn.to_k.bias", "blocks.0.attn.q_norm.weight"
@@ -233,7 +239,9 @@ def test_tensors_that_are_lost_or_there_twice_are_named(run: Path, tmp_path: Pat
             open_weights(folder).network()
 
 
-def test_what_the_form_cannot_say_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_networks_that_the_format_cannot_describe_are_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     refused = {
         "stretched": (
             settings(position_grid=8),

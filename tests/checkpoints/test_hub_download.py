@@ -14,7 +14,7 @@ from tests.support import ROOT
 from tests.support.hub import hub_of
 from tests.support.weights import convert, run_of, settings
 
-# Loads each address in turn: one import of torch for all of them.
+# Loads all addresses in one process, so that torch is imported only once.
 PROGRAM = """
 import sys
 from LOADER
@@ -26,12 +26,12 @@ for address in sys.argv[1:]:
         print(type(error).__name__, error)
 """
 LOAD = "jitscale import load_model; load = lambda a: [(m := load_model(a)).weights_name, m.config.image_size]"
-FETCH = "jitscale.checkpoints.hub_download import fetched; load = lambda a: [fetched(a)]"  # without torch
+FETCH = "jitscale.checkpoints.hub_download import fetched; load = lambda a: [fetched(a)]"  # imports no torch
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for diffusers, one for Hugging Face in a folder of it, and code that nobody asked for."""
+    """A repository with a diffusers folder, a Hugging Face folder inside it, and code that no reader needs."""
     folder = tmp_path_factory.mktemp("hub")
     run = run_of(folder / "run", settings())
     convert(run, "diffusers", folder / "repository", "--samples", 0)
@@ -54,7 +54,7 @@ def run(loader: str, cache: Path, *addresses: str, **environment: str) -> list[s
     return done.stdout.splitlines()
 
 
-def test_fetched_once_and_then_without_a_network(repository: Path, tmp_path: Path) -> None:
+def test_files_are_fetched_once_and_then_read_without_a_network(repository: Path, tmp_path: Path) -> None:
     got: list[str] = []
     with hub_of(repository, "owner/name", got, ("main", "refs/pr/1")) as endpoint:
         whole, tagged, inside, file, absent, revision, empty = run(
@@ -63,7 +63,7 @@ def test_fetched_once_and_then_without_a_network(repository: Path, tmp_path: Pat
             "hf://owner/name",
             "hf://owner/name@refs%2Fpr%2F1",
             "hf://owner/name/exported",
-            "hf:/owner/name/exported/model.safetensors",  # as a Path has it
+            "hf:/owner/name/exported/model.safetensors",  # `Path` collapses the two slashes
             "hf://owner/other",
             "hf://owner/name@v9",
             "hf://owner/name/nothing",
@@ -74,9 +74,9 @@ def test_fetched_once_and_then_without_a_network(repository: Path, tmp_path: Pat
     assert absent.startswith("CheckpointError hf://owner/other: no such repository, or a private one;")
     assert revision.startswith("CheckpointError hf://owner/name@v9: the repository has no such revision;")
     assert empty.startswith("CheckpointError hf://owner/name: has no nothing with weights;")
-    assert len(got) == len(set(got)), "each file once"
+    assert len(got) == len(set(got)), "each file is fetched once"
     assert "transformer/diffusion_pytorch_model.safetensors" in got
-    assert not any(name.endswith((".py", ".md")) for name in got), "code is not even fetched"
+    assert not any(name.endswith((".py", ".md")) for name in got), "code is not fetched"
     again, unknown = run(FETCH, tmp_path, "hf://owner/name", "hf://owner/unknown", HF_HUB_OFFLINE="1")
     assert open_weights(again.removeprefix("ok ")).weight_sets == ["ema_0.9"]
     assert unknown.startswith("StorageError hf://owner/unknown: not in the local cache, and the hub cannot be reached")
@@ -91,12 +91,12 @@ def test_without_huggingface_hub(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "address", ["hf://", "hf://owner", "hf://owner/name@", "hf://-/-.-", "hf://o/n@a@b", "hf://o/n/../x"]
 )
-def test_what_is_no_address_is_one_line(address: str) -> None:
+def test_an_invalid_address_is_a_one_line_error(address: str) -> None:
     assert is_hub_address(address)
     with pytest.raises(UserError, match=r"is not an address|cannot be downloaded") as error:
         fetched(address)
     assert "\n" not in str(error.value)
 
 
-def test_paths_are_no_addresses() -> None:
+def test_local_paths_are_not_taken_for_addresses() -> None:
     assert not any(map(is_hub_address, ("runs/hf", "./hf:/x", Path("/hf:/o/n"), "hf.safetensors")))

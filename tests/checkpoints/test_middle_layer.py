@@ -1,4 +1,7 @@
-"""Weights with another middle output layer than a network: the final prediction stays, and the layer begins at zero."""
+"""Weights whose middle output layer differs from the network's.
+
+The final prediction stays; the new layer starts at zero.
+"""
 
 import re
 from dataclasses import replace
@@ -24,7 +27,7 @@ from jitscale.model.jit import JiT
 from jitscale.training.persistence import check_resumable, initial_weights
 from tests.support import FILES
 from tests.support.tiny import MODEL
-from tools.convert_checkpoint import main
+from tests.support.weights import convert
 
 ASYM = DiffusionConfig(prediction="asym", rank=5)
 
@@ -36,7 +39,7 @@ def settings(middle_head: int, diffusion: DiffusionConfig | None = None) -> Conf
 
 
 def written(folder: Path, config: Config) -> Checkpoint:
-    """A run with random numbers in all sets, moments included."""
+    """A run whose weight sets and moments all hold random numbers."""
     torch.manual_seed(0)
     shapes, sets = shapes_of(config), ("model", "ema_0.9", "ema_0.99", *MOMENTS)
     progress = Progress(7, 84, 7, None)
@@ -51,7 +54,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def same(found: StoredWeights, expected: StoredWeights) -> bool:
-    """Everything but the middle layer of `expected`, bit by bit."""
+    """Everything except the middle layer of `expected` is bit-equal."""
     return all(
         torch.equal(found.tensor(name, key), expected.tensor(name, key))
         for name in [*expected.weight_sets, *expected.moments]
@@ -69,7 +72,7 @@ def same(found: StoredWeights, expected: StoredWeights) -> bool:
         (1, 0, "its middle output layer is left out"),
     ],
 )
-def test_final_predictions_are_the_same_bits(
+def test_final_predictions_stay_bit_equal(
     before: int, now: int, line: str, diffusion: DiffusionConfig | None, tmp_path: Path
 ) -> None:
     source, config = written(tmp_path, settings(before, diffusion)), settings(now, diffusion)
@@ -91,7 +94,7 @@ def test_final_predictions_are_the_same_bits(
             middle_layer = JiT(config.model).middle_layer.state_dict()
             for key, value in middle_layer.items():
                 full = f"middle_layer.{key}"
-                assert torch.equal(found.tensor(name, full), value), "as `JiT.initialize` leaves it"
+                assert torch.equal(found.tensor(name, full), value), "the layer equals a fresh one of `JiT.initialize`"
                 assert torch.equal(found.read(name, full, 3, 9), value.flatten()[3:9])
                 assert not found.tensor("exp_avg", full).any()
                 assert not found.tensor("exp_avg_sq", full).any()
@@ -112,7 +115,7 @@ def test_the_new_layer_trains(tmp_path: Path) -> None:
     assert network.middle_layer.linear.weight.grad.std() > 0
 
 
-def test_a_layer_in_parts_is_another_network(tmp_path: Path) -> None:
+def test_an_incomplete_layer_is_refused_as_another_network(tmp_path: Path) -> None:
     network = JiT(settings(1).model)
     tensors = {key: p.detach() for key, p in network.named_parameters() if key != "middle_layer.linear.bias"}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -131,7 +134,7 @@ def begun(source: Path, config: Config, caplog: pytest.LogCaptureFixture) -> Sto
 
 
 def test_a_run_begins_with_weights_of_any_form(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Also with files that say nothing of their network, for which the run's own settings are asked."""
+    """Some files do not describe their network. Then the run's own settings are used."""
     source = written(tmp_path / "run", settings(0))
     plain = {key: source.tensor("model", key).contiguous() for key in source.shapes}
     save_file(plain, tmp_path / "model.safetensors")
@@ -146,7 +149,7 @@ def test_a_run_begins_with_weights_of_any_form(tmp_path: Path, caplog: pytest.Lo
     assert caplog.text == ""
 
 
-def test_a_run_goes_on_with_its_own_layer_only(tmp_path: Path) -> None:
+def test_a_run_resumes_with_its_own_layer_only(tmp_path: Path) -> None:
     for before, now in ((0, 2), (1, 2), (2, 0)):
         checkpoint = written(tmp_path / str(before), settings(before))
         check_resumable(checkpoint, settings(before))
@@ -162,12 +165,6 @@ def test_a_run_goes_on_with_its_own_layer_only(tmp_path: Path) -> None:
 # Conversions
 
 
-def convert(source: Path, to: str, output: Path, *more: object) -> Path:
-    arguments = ["--checkpoint", source, "--to", to, "--output", output, *more]
-    assert main([str(argument) for argument in arguments]) == 0
-    return output
-
-
 def yaml(folder: Path, config: Config) -> Path:
     path = folder / f"head_{config.model.middle_head}.yaml"
     path.write_text(to_yaml(config))
@@ -175,7 +172,7 @@ def yaml(folder: Path, config: Config) -> Path:
 
 
 @pytest.mark.parametrize("diffusion", [None, ASYM])
-def test_into_a_run_with_the_layer_and_back(
+def test_converting_to_a_run_with_the_layer_and_back(
     diffusion: DiffusionConfig | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = written(tmp_path / "without", settings(0, diffusion))
@@ -196,7 +193,7 @@ def test_into_a_run_with_the_layer_and_back(
 
 
 def test_the_authors_format_leaves_the_layer_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And what it holds becomes a run with a layer again."""
+    """A file in the authors' format can also become a run that has the layer."""
     source, averages = written(tmp_path / "run", settings(2)), ("--ema1", "ema_0.9", "--ema2", "ema_0.99")
     file = convert(source.path, "authors", tmp_path / "last.pth", *averages)
     assert "its middle output layer is left out" in capsys.readouterr().out
@@ -213,7 +210,7 @@ def test_the_authors_format_leaves_the_layer_out(tmp_path: Path, capsys: pytest.
     assert not middle.any()
 
 
-def test_a_file_of_the_authors_begins_a_run_with_the_layer(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_with_the_layer_starts_from_a_file_of_the_authors(caplog: pytest.LogCaptureFixture) -> None:
     described = torch.load(FILES / "jit_tiny_euler.reference.pt", weights_only=True)["config"]
     model = {key: value for key, value in described.items() if key in vars(ModelConfig())}
     config = Config(model=ModelConfig(**model, middle_head=1))
@@ -237,7 +234,7 @@ def test_the_authors_format_refuses_another_prediction(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["safetensors", "huggingface"])
 def test_exports_keep_the_layer_and_the_subspace(form: str, tmp_path: Path) -> None:
     source = written(tmp_path / "run", settings(2, replace(ASYM, subspace="/home/somebody/p.safetensors")))
-    more = ("--samples", 0) if form == "huggingface" else ()  # these weights are far too large to sample from
+    more = ("--samples", 0) if form == "huggingface" else ()  # The weights are far too large for sampling.
     folder = convert(source.path, form, tmp_path / "out", "--weights", "ema_0.9", *more)
     loaded: list[Any] = [jitscale.load_model(folder, weights="ema_0.9")]
     if form == "huggingface":

@@ -1,4 +1,4 @@
-"""The model card of an export: what the hub reads of it, its picture, its numbers, and that its lines run."""
+"""The model card of an export: its metadata for the hub, its picture, its numbers, and that its commands run."""
 
 import json
 import re
@@ -37,7 +37,7 @@ from tests.support.weights import convert, run_of, settings
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run whose average was measured with guidance."""
+    """A finished run whose EMA weights were measured with guidance."""
     folder = tmp_path_factory.mktemp("run")
     images, labels = digit_images(16)
     write_shards(images[:20], labels[:20], folder / "digits_16")
@@ -56,12 +56,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("form", ["huggingface", "diffusers"])
-def test_of_a_measured_run(form: str, run: Path, tmp_path: Path) -> None:
+def test_the_card_of_a_measured_run(form: str, run: Path, tmp_path: Path) -> None:
     folder = convert(run, form, tmp_path / "out", "--license", "mit")
     result = json.loads((run / "result.json").read_text())
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "mit"
-    assert card.data.library_name == "jitscale", "diffusers would show a call with a text prompt"
+    assert card.data.library_name == "jitscale", "the tag of diffusers would show a call with a text prompt"
     assert card.data.pipeline_tag is None, "the hub has no task for class labels"
     assert card.data.tags == [
         "jit",
@@ -71,9 +71,9 @@ def test_of_a_measured_run(form: str, run: Path, tmp_path: Path) -> None:
         *["diffusers"] * (form == "diffusers"),
     ]
     found = {entry.metric_type: entry for entry in card.data.eval_results}
-    distance = found["fid_digits"]  # not `fid`: these are not Inception's features
+    distance = found["fid_digits"]  # The key is not `fid`, because these are not Inception's features.
     assert distance.metric_value == result["fid"]
-    assert distance.dataset_name == "digits_16", "no path of this machine"
+    assert distance.dataset_name == "digits_16", "the card contains no path of this machine"
     assert distance.metric_args == {
         **{"weights": "ema_0.9", "method": "euler", "steps": 2, "guidance_scale": 2.0, "guidance_interval": [0.1, 1.0]},
         **{"images": 16, "labels": "balanced", "features": "digits"},
@@ -94,11 +94,13 @@ def test_of_a_measured_run(form: str, run: Path, tmp_path: Path) -> None:
     assert "![8 samples](samples.png)" in card.text
     for number, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).numpy()):
         drawn = picture[1:17, 18 * number + 1 : 18 * number + 17]
-        assert np.abs(drawn.astype(int) - image).max() <= 1, "the lines make the picture, up to a batch's rounding"
+        assert np.abs(drawn.astype(int) - image).max() <= 1, (
+            "the card's code draws the card's picture, up to the rounding of another batch size"
+        )
 
 
-def test_of_a_run_that_another_network_measured(run: Path, tmp_path: Path) -> None:
-    """DINOv2 gives no FID: its distance keeps its own name."""
+def test_the_card_of_a_run_measured_by_another_network(run: Path, tmp_path: Path) -> None:
+    """DINOv2 gives no FID, so the metric keeps its own name."""
     measured_run = shutil.copytree(run, tmp_path / "run")
     result = json.loads((measured_run / "result.json").read_text())
     result["fd_dinov2"] = result.pop("fid")
@@ -112,7 +114,7 @@ def test_of_a_run_that_another_network_measured(run: Path, tmp_path: Path) -> No
     assert "small network" not in card.text
 
 
-def test_only_the_numbers_of_the_very_weights(run: Path, tmp_path: Path) -> None:
+def test_the_card_shows_numbers_of_the_exported_weights_only(run: Path, tmp_path: Path) -> None:
     card = ModelCard.load(
         convert(run, "huggingface", tmp_path / "out", "--weights", "model", "--samples", 0) / "README.md"
     )
@@ -123,7 +125,7 @@ def test_only_the_numbers_of_the_very_weights(run: Path, tmp_path: Path) -> None
     assert "Not stated." in card.text
 
 
-def test_a_damaged_result_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_result_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_of(tmp_path / "run", settings())
     (folder / "result.json").write_text('{"fid": 3}')
     with pytest.raises(jitscale.errors.UserError, match=r"json: is not a result of an evaluation \('protocol'\)"):
@@ -131,7 +133,7 @@ def test_a_damaged_result_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "out").exists()
 
 
-def test_unconditional(tmp_path: Path) -> None:
+def test_the_card_of_an_unconditional_network(tmp_path: Path) -> None:
     diffusion = DiffusionConfig(label_drop=0.0)
     folder = convert(
         run_of(tmp_path / "run", settings(num_classes=0, diffusion=diffusion)), "huggingface", tmp_path / "out"
@@ -143,7 +145,7 @@ def test_unconditional(tmp_path: Path) -> None:
     assert "labels=[0, 0]" in card.text
 
 
-def test_a_card_without_guidance_and_classes_does_not_speak_of_them() -> None:
+def test_without_guidance_and_classes_the_card_does_not_mention_them() -> None:
     config = Config(model=ModelConfig(num_classes=0))
     text = Card(config, "model", is_diffusers=True).text
     assert "equal steps without guidance." in text
@@ -154,7 +156,7 @@ def test_a_card_without_guidance_and_classes_does_not_speak_of_them() -> None:
     assert "modulo the classes" in text
 
 
-def test_the_card_of_a_network_that_is_saved_from_python(tmp_path: Path) -> None:
+def test_the_card_of_a_network_saved_from_python(tmp_path: Path) -> None:
     HubJiT(MODEL, DiffusionConfig(), "ema_0.9").save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag is None
@@ -162,15 +164,15 @@ def test_the_card_of_a_network_that_is_saved_from_python(tmp_path: Path) -> None
     assert "`ema_0.9`" in card.text
 
 
-def test_default_samples_that_would_take_long_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = Config(run=RunConfig(device="cpu"))  # JiT-B at 256 px with 50 steps of Heun
+def test_slow_default_samples_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config(run=RunConfig(device="cpu"))  # The settings are those of JiT-B at 256 px with 50 Heun steps.
     stored = open_weights(run_of(tmp_path / "run", settings()))
     assert showcase.draw_samples(stored, "model", config, None, tmp_path) == []
     said = r"samples: none, because \de\+13 FLOP .*; --samples 8 draws them anyway\n"
     assert re.fullmatch(said, capsys.readouterr().out)
 
 
-def test_a_picture_has_300_kilobytes_at_most(tmp_path: Path) -> None:
+def test_a_picture_takes_at_most_300_kilobytes(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1024, 2048, 3), np.uint8)
     for image, suffix in ((noise, ".jpg"), (noise[:64, :64], ".png")):
         path = showcase._written(Image.fromarray(image), tmp_path)

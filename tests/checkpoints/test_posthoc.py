@@ -1,4 +1,4 @@
-"""Power-function averages after the run: the mathematics, and what tools/posthoc_ema.py refuses."""
+"""Power-function averages after the run: their mathematics, and the inputs that tools/posthoc_ema.py refuses."""
 
 from pathlib import Path
 
@@ -26,12 +26,12 @@ def test_the_papers_exponents(width: float, gamma: float) -> None:
 
 
 @pytest.mark.parametrize("width", [0.0, -0.1, 0.29, float("nan")])
-def test_widths_that_no_power_function_has(width: float) -> None:
+def test_widths_outside_the_range_of_power_functions_are_refused(width: float) -> None:
     with pytest.raises(ValueError, match="is outside"):
         gamma_of_width(width)
 
 
-def test_inner_products_are_integrals() -> None:
+def test_inner_products_equal_numerical_integrals() -> None:
     images, gammas = np.array([500.0, 800.0, 800.0]), np.array([2.0, 7.0, 0.5])
     grid = (np.arange(800_000) + 0.5) / 1000
     profiles = np.where(
@@ -54,7 +54,7 @@ def track(weights: Array, width: float, ends: Array) -> Array:
 
 
 def reconstruct(weights: Array, snapshots: int) -> tuple[dict[float, float], dict[float, float]]:
-    """Relative errors, measured and expected, of widths made from snapshots of 0.05 and 0.10.
+    """Relative errors of the reconstructed widths, measured and expected. The snapshots have widths 0.05 and 0.10.
 
     The batch grows from 8 to 16 images in the middle.
     """
@@ -69,18 +69,20 @@ def reconstruct(weights: Array, snapshots: int) -> tuple[dict[float, float], dic
     return dict(zip(WANTED, measured, strict=True)), dict(zip(WANTED, solution.errors, strict=True))
 
 
-def test_any_width_is_reconstructed_from_snapshots_of_two() -> None:
-    """A random walk around an offset, as weights do; 32 snapshots."""
+def test_any_width_is_reconstructed_from_snapshots_of_two_widths() -> None:
+    """The weights walk at random around an offset. There are 32 snapshots."""
     steps = np.random.default_rng(0).normal(size=(STEPS, 50))
     measured, expected = reconstruct(np.cumsum(steps, axis=0) + 20.0, snapshots=32)
     assert max(measured.values()) < 1e-2
     assert max(measured[width] for width in (0.07, 0.15, 0.2)) < 5e-4
-    assert max(measured[width] for width in (0.05, 0.1)) < 1e-12, "a tracked width is its own snapshot"
-    assert all(measured[width] < expected[width] + 1e-12 for width in WANTED), "slow weights are the easier case"
+    assert max(measured[width] for width in (0.05, 0.1)) < 1e-12, "a tracked width equals its own snapshot"
+    assert all(measured[width] < expected[width] + 1e-12 for width in WANTED), (
+        "weights that change slowly are easier to reconstruct"
+    )
 
 
-def test_the_expected_error_is_that_of_independent_weights() -> None:
-    """And it falls with the number of snapshots."""
+def test_the_expected_error_matches_independent_weights() -> None:
+    """The expected error falls as the number of snapshots grows."""
     noise = np.random.default_rng(1).normal(size=(STEPS, 400))
     few, few_expected = reconstruct(noise, snapshots=8)
     many, many_expected = reconstruct(noise, snapshots=32)
@@ -107,7 +109,7 @@ def test_the_widths_of_a_command_line() -> None:
         ("0.05:0.25:1e-6", "200001 widths, 200 at most"),
     ],
 )
-def test_widths_that_are_refused(text: str, expected: str) -> None:
+def test_impossible_widths_are_refused(text: str, expected: str) -> None:
     with pytest.raises(UserError) as refused:
         parse_widths([text])
     assert expected in str(refused.value)
@@ -150,8 +152,8 @@ def test_a_width_that_the_snapshots_cannot_express_is_refused(capsys: pytest.Cap
         report([0.002], solve(images, widths, 200.0, np.array([0.002])), "runs/r")
 
 
-def test_only_what_the_run_goes_on_from_stays(tmp_path: Path) -> None:
-    """A run that goes back to an older checkpoint forgets what it had stored after it, and what a kill left."""
+def test_a_rollback_removes_later_snapshots(tmp_path: Path) -> None:
+    """If a run rolls back to an older checkpoint, it removes all later snapshots and all leftovers of a kill."""
     for images in (100, 200, 300):
         snapshot(tmp_path, images)
     (tmp_path / "snapshots" / "images_000000000150.partial").mkdir()

@@ -1,4 +1,7 @@
-"""One weight set in several files, as transformers and diffusers split them: read, or refused by the key or file."""
+"""One weight set in several files, as transformers and diffusers split it.
+
+It is read, or a message names the bad key or file.
+"""
 
 import json
 from collections.abc import Callable
@@ -26,7 +29,7 @@ def tensors(tmp_path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def folder(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
-    """Half of the tensors in each of two files, and an index."""
+    """Two files with half of the tensors each, and an index."""
     (folder := tmp_path / "split").mkdir()
     names = list(tensors)
     halves = (names[: len(names) // 2], names[len(names) // 2 :])
@@ -37,7 +40,7 @@ def folder(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
     return folder
 
 
-def test_read_and_converted(folder: Path, tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_split_weights_are_read_and_converted(folder: Path, tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     stored = open_weights(folder, settings())
     assert stored.weight_sets == ["model"]
     assert stored.network().state_dict().keys() == tensors.keys()
@@ -108,7 +111,7 @@ def _twins(folder: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_agree_with_the_index_is_one_line(
+def test_files_that_contradict_the_index_are_a_one_line_error(
     damage: Callable[[Path], object], message: str, folder: Path, tmp_path: Path
 ) -> None:
     damage(folder)

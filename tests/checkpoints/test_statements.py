@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself is held against it, and its files are verified before they are read."""
+"""The statements of a checkpoint are checked against its content, and its files are verified before they are read."""
 
 import errno
 import json
@@ -43,14 +43,14 @@ CONFIG = Config(model=TINY, evaluation=EvaluationConfig(weights="model"), run=Ru
 
 
 def write(folder: Path, step: int) -> Path:
-    """A checkpoint of a whole network; step 1 has 8 images."""
+    """Write a checkpoint of a whole network; step 1 has 8 images."""
     fragments = whole_fragments(shapes_of(CONFIG))
     flats = [torch.full((f.length,), 0.5) for f in fragments]
     return write_folder(folder, Progress(step, 8 * step, step, {"seed": 0}), CONFIG, fragments, {"model": flats})
 
 
 def rewrite(folder: Path, change: Callable[[Any], object], name: str = "index.json") -> None:
-    """Change index.json and make COMPLETE agree, as a stranger would."""
+    """Change index.json and update COMPLETE accordingly, as an attacker could."""
     content = json.loads((folder / name).read_text())
     change(content)
     (folder / name).write_text(json.dumps(content))
@@ -59,7 +59,7 @@ def rewrite(folder: Path, change: Callable[[Any], object], name: str = "index.js
 
 
 def flip(file: Path) -> None:
-    """One bit of the last weight."""
+    """Flip one bit of the last weight."""
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
@@ -113,7 +113,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_an_index_that_is_not_that_of_the_folder_is_damaged(tmp_path: Path, name: str) -> None:
+def test_an_index_that_contradicts_its_folder_is_damage(tmp_path: Path, name: str) -> None:
     change, message = CHANGES[name]
     folder = write(step_folder(tmp_path, 1), 1)
     Checkpoint(folder)
@@ -126,7 +126,7 @@ def test_an_index_that_is_not_that_of_the_folder_is_damaged(tmp_path: Path, name
     assert "\n" not in text
 
 
-def test_another_format_is_no_damage(tmp_path: Path) -> None:
+def test_a_newer_format_is_not_reported_as_damage(tmp_path: Path) -> None:
     folder = write(step_folder(tmp_path, 1), 1)
     rewrite(folder, lambda index: index.update(format=3))
     with pytest.raises(CheckpointError, match=r"format 3, this version reads format 2; use the version .* wrote it$"):
@@ -134,7 +134,7 @@ def test_another_format_is_no_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("marker", ["", "{}", "[]", "[" * 100_000, '{"index.json": 1}', '{"index.json": "00"}', "\0"])
-def test_a_marker_without_hashes_is_damaged(tmp_path: Path, marker: str) -> None:
+def test_a_marker_without_hashes_is_damage(tmp_path: Path, marker: str) -> None:
     folder = write(step_folder(tmp_path, 1), 1)
     (folder / MARKER).write_text(marker)
     with pytest.raises(CheckpointError, match=r"COMPLETE: .*; the file is damaged, remove"):
@@ -143,7 +143,7 @@ def test_a_marker_without_hashes_is_damaged(tmp_path: Path, marker: str) -> None
 
 @pytest.mark.parametrize("name", [MARKER, "index.json", "config.yaml", "rank_00000.safetensors"])
 @pytest.mark.parametrize("target", ["/dev/zero", "elsewhere", "pipe"])
-def test_only_regular_files_of_the_folder_are_read(tmp_path: Path, name: str, target: str) -> None:
+def test_only_regular_files_inside_the_folder_are_read(tmp_path: Path, name: str, target: str) -> None:
     folder = write(step_folder(tmp_path, 1), 1)
     shutil.copyfile(folder / name, tmp_path / "elsewhere")
     (folder / name).unlink()
@@ -156,8 +156,8 @@ def test_only_regular_files_of_the_folder_are_read(tmp_path: Path, name: str, ta
         Checkpoint(folder)
 
 
-def test_a_folder_copied_under_another_number_counts_for_nothing(tmp_path: Path) -> None:
-    """It would be the newest: a start would go back to step 1, and pruning would remove all others."""
+def test_a_copy_under_another_step_number_is_ignored(tmp_path: Path) -> None:
+    """The copy would be the newest checkpoint: a start would return to step 1, and pruning would remove all others."""
     for step in (1, 2, 3):
         write(step_folder(tmp_path, step), step)
     shutil.copytree(step_folder(tmp_path, 1), step_folder(tmp_path, 9))
@@ -173,7 +173,7 @@ def test_a_folder_copied_under_another_number_counts_for_nothing(tmp_path: Path)
         Checkpoint(snapshot.rename(snapshot_folder(tmp_path, 16)))
 
 
-def test_damage_neither_counts_nor_stops_pruning(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_counted_and_does_not_stop_pruning(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(step_folder(tmp_path, step), step)
     (step_folder(tmp_path, 4) / MARKER).write_text("")
@@ -181,10 +181,10 @@ def test_damage_neither_counts_nor_stops_pruning(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in (3, 4)]
 
 
-def test_a_storage_that_fails_in_one_checkpoint_keeps_no_other_one(
+def test_failing_storage_of_one_checkpoint_does_not_block_pruning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bad sector in an old index, a marker that cannot be looked at, a folder that cannot be removed."""
+    """An old index has a bad sector, a marker cannot be read, or a folder cannot be removed."""
     for step in range(1, 7):
         write(step_folder(tmp_path, step), step)
     reads, looks, removes = sha256_of, Path.stat, shutil.rmtree
@@ -208,8 +208,8 @@ def test_a_storage_that_fails_in_one_checkpoint_keeps_no_other_one(
     assert complete_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in (1, 2, 6)]
 
 
-def test_every_reader_verifies(tmp_path: Path) -> None:
-    """A flipped bit makes other weights, which no reader may take."""
+def test_every_reader_verifies_the_hashes(tmp_path: Path) -> None:
+    """A flipped bit changes the weights. No reader may use them."""
     folder = write(step_folder(tmp_path, 1), 1)
     jitscale.load_model(tmp_path)
     flip(folder / "rank_00000.safetensors")
@@ -224,7 +224,7 @@ def test_every_reader_verifies(tmp_path: Path) -> None:
         Checkpoint(folder).tensor("model", FIRST)
 
 
-def test_a_file_is_hashed_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_hashes_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(step_folder(tmp_path, 1), 1)
     hashed: list[str] = []
 
@@ -237,15 +237,15 @@ def test_a_file_is_hashed_once_a_process(tmp_path: Path, monkeypatch: pytest.Mon
         Checkpoint(folder).network()
     assert hashed.count("rank_00000.safetensors") == 1
     Checkpoint(folder).verify()
-    assert hashed.count("rank_00000.safetensors") == 2, "asked for, it looks at the disk again"
+    assert hashed.count("rank_00000.safetensors") == 2, "a full verification reads the disk again"
     other = write(step_folder(tmp_path, 2), 2)
     Checkpoint(other).verify(1, 2)
     Checkpoint(other).network()
-    assert hashed.count("rank_00000.safetensors") == 2, "rank 0 has hashed the only file"
+    assert hashed.count("rank_00000.safetensors") == 2, "rank 0 already hashed the only file"
 
 
-def test_a_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is told to remove a sound checkpoint, and a job starts again."""
+def test_failing_storage_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message must not advise to remove a sound checkpoint, and the job must be restarted."""
     checkpoint = Checkpoint(write(tmp_path, 1))
 
     def fail(path: Path) -> str:
@@ -259,7 +259,7 @@ def test_a_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "checkpoint-last.pth", "folder/weights.safetensors"])
-def test_weights_whose_storage_fails_are_not_damaged(
+def test_failing_storage_of_weight_files_is_not_reported_as_damage(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, number = tmp_path / name, errno.EIO

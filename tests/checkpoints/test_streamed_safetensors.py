@@ -1,4 +1,4 @@
-"""Weights written in pieces."""
+"""Safetensors files that are written in pieces."""
 
 import os
 from pathlib import Path
@@ -13,8 +13,8 @@ from jitscale.config import Config, ModelConfig
 from jitscale.model.jit import JiT
 
 
-def test_pieces_of_any_size_make_a_file_that_the_readers_take(tmp_path: Path) -> None:
-    """What the model and the metadata readers see, and nothing where the writing fails."""
+def test_pieces_of_any_size_make_a_readable_file(tmp_path: Path) -> None:
+    """The model's reader and the metadata reader accept the file. If writing fails, no file is left."""
     config = Config(
         model=ModelConfig(image_size=8, patch_size=4, hidden_size=16, depth=1, num_heads=2, in_context_start=0)
     )

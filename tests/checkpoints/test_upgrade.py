@@ -1,4 +1,4 @@
-"""The upgraded network is the old one seen through pooling."""
+"""The upgraded network, averaged down, computes the same function as the old one."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -37,7 +37,7 @@ NUMBERS = 3 * MODEL.patch_size**2
 
 
 def settings(patch: int, *, image: int | None = None, rank: int | None = None, **model: Any) -> Config:
-    """The network at another patch size, with the noise scale that belongs to it; with a rank for asym."""
+    """The network at another patch size, with the matching noise scale; `rank` adds asym."""
     size = image or patch * MODEL.image_size // MODEL.patch_size
     sizes = {**vars(MODEL), "image_size": size, "patch_size": patch, **model}
     predicts = {} if rank is None else {"prediction": "asym", "rank": rank}
@@ -55,7 +55,7 @@ def perturbed(config: Config) -> JiT:
     fitted = has_fitted_subspace(config.model, config.diffusion)
     network = JiT(config.model, config.diffusion, subspace(config.diffusion.rank) if fitted else None).eval()
     with torch.no_grad():
-        for parameter in network.parameters():  # zero-initialised layers would hide an error
+        for parameter in network.parameters():  # Layers that start at zero would hide an error.
             parameter.add_(0.05 * torch.randn_like(parameter))
     return network
 
@@ -74,7 +74,7 @@ def both(new: Config, kernel: str = KERNELS[0], old_rank: int | None = None) -> 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("patch", [6, 8, 12, 16])
 def test_the_function_is_preserved(patch: int, kernel: str, channels: int) -> None:
-    """k = 3/2, 2, 3, 4."""
+    """The ratios k are 3/2, 2, 3 and 4."""
     old, new, upgrade = both(settings(patch, in_channels=channels), kernel)
     z, t, y = torch.randn(3, *image_shape(new.config)), torch.rand(3), torch.tensor([0, 5, 10])
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_the_function_is_preserved(patch: int, kernel: str, channels: int) -> No
         torch.testing.assert_close(upgrade.pool(z), F.avg_pool2d(z, patch // MODEL.patch_size))
 
 
-def test_a_lower_resolution_is_seen_enlarged() -> None:
+def test_a_lower_resolution_shows_the_enlarged_image() -> None:
     old, new, upgrade = both(settings(2), "nearest")
     z, t, y = torch.randn(3, 3, 8, 8), torch.rand(3), torch.tensor([0, 5, 10])
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_a_lower_resolution_is_seen_enlarged() -> None:
 
 
 def velocities(network: JiT, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-    """Of the last and the middle output layer."""
+    """The velocities of the last and of the middle output layer."""
     with torch.no_grad():
         outputs, asked = network(z, t, y, middle=True), network.diffusion
     return [to_spaces(each, z, t, asked.prediction, asked.t_eps, network.subspace).v for each in outputs]
@@ -113,7 +113,7 @@ def velocities(network: JiT, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) 
 def test_velocities_of_asym_and_of_the_middle_layer_are_preserved(
     rank: int, new_rank: int, patch: int, kernel: str
 ) -> None:
-    """At both ends of the ranks for every kernel and ratio; the clamp of 1 - t acts at the last time."""
+    """Both ends of the ranks, with every kernel and ratio. At the last time the clamp of 1 - t acts."""
     old, new, upgrade = both(settings(patch, rank=new_rank, middle_head=1), kernel, rank)
     size = new.config.image_size
     z, t, y = torch.randn(3, 3, size, size), torch.tensor([0.1, 0.6, 0.98]), torch.tensor([0, 5, 10])
@@ -126,8 +126,8 @@ def test_velocities_of_asym_and_of_the_middle_layer_are_preserved(
 
 @pytest.mark.parametrize("kernel", AREA_MEANS)
 @pytest.mark.parametrize("ratio", [2, 3, 4])
-def test_the_lifted_subspace(ratio: int, kernel: str) -> None:
-    """P' = k D^T P: orthonormal, and D S' = S D; the other way it is P again."""
+def test_the_lifted_subspace_is_orthonormal_and_reversible(ratio: int, kernel: str) -> None:
+    """P' = k D^T P is orthonormal, and D S' = S D. The reverse map gives P again."""
     low, high = settings(4, rank=RANK), settings(4 * ratio, rank=RANK)
     up, down = plan_upgrade(low, high, kernel), plan_upgrade(high, low, kernel)
     before = torch.linalg.qr(torch.randn(NUMBERS, RANK, dtype=torch.float64))[0]
@@ -142,7 +142,7 @@ def test_the_lifted_subspace(ratio: int, kernel: str) -> None:
     torch.testing.assert_close(down.tensor(SUBSPACE, after), before, **exact)
 
 
-def test_a_subspace_with_fine_detail_has_no_smaller_one() -> None:
+def test_a_subspace_with_fine_detail_cannot_be_reduced() -> None:
     down = plan_upgrade(settings(4, rank=RANK), settings(2, rank=RANK))
     with pytest.raises(CheckpointError, match=r"not orthonormal.*holds detail that these pixels lose"):
         down.tensor(SUBSPACE, subspace())
@@ -171,7 +171,7 @@ def test_more_tokens_keep_the_subspace() -> None:
         (RANK, settings(8), "smooth", r"diffusion\.prediction: asym -> x"),
     ],
 )
-def test_ranks_and_kernels_that_preserve_nothing_are_refused(
+def test_ranks_and_kernels_that_do_not_preserve_the_function_are_refused(
     old_rank: int, new: Config, kernel: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as error:
@@ -182,7 +182,7 @@ def test_ranks_and_kernels_that_preserve_nothing_are_refused(
 @pytest.mark.parametrize("rank", [None, RANK])
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_whole_trajectories_are_preserved(method: str, rank: int | None) -> None:
-    """avgpool(sample_hi(z)) == sample_lo(avgpool(z)); noise of scale 2 pools to standard deviation 1."""
+    """avgpool(sample_hi(z)) == sample_lo(avgpool(z)). Noise of scale 2 pools to a standard deviation of 1."""
     low, high, _ = both(settings(8, rank=rank), old_rank=rank)
     noise = torch.randn(2, 3, 32, 32)
     sampler: dict[str, Any] = {"method": method, "steps": 10, "guidance_scale": 2.0}
@@ -194,15 +194,15 @@ def test_whole_trajectories_are_preserved(method: str, rank: int | None) -> None
 
 
 @pytest.mark.parametrize("patch", [8, 16])
-def test_up_and_down_again_is_the_same_bits(patch: int) -> None:
+def test_up_and_down_again_is_bit_equal(patch: int) -> None:
     low, high = (settings(each, rank=RANK, middle_head=1) for each in (MODEL.patch_size, patch))
     up, down = plan_upgrade(low, high, "nearest"), plan_upgrade(high, low, "nearest")
     for name, p in perturbed(low).state_dict().items():
         assert torch.equal(down.tensor(name, up.tensor(name, p)), p), name
 
 
-def test_the_map_is_linear() -> None:
-    """So that an average of upgraded weights is the upgraded average."""
+def test_the_upgrade_is_linear_in_the_weights() -> None:
+    """Linearity makes the average of upgraded weights equal to the upgraded average."""
     low = settings(4, middle_head=1)
     upgrade = plan_upgrade(low, settings(8, middle_head=1))
     first, second = perturbed(low).state_dict(), JiT(low.model).state_dict()
@@ -231,7 +231,7 @@ def test_the_deviation_of_pooled_noise(old: int, new: int, kernel: str, deviatio
     assert pooled.std().item() == pytest.approx(deviation, rel=0.03)
 
 
-def test_more_tokens_see_the_old_positions() -> None:
+def test_more_tokens_interpolate_the_old_positions() -> None:
     old, new, upgrade = both(settings(4, image=32, position_grid=4))
     assert (upgrade.mode, upgrade.resized) == ("tokens", ())
     every_second = [8 * row + column for row in range(0, 8, 2) for column in range(0, 8, 2)]
@@ -242,7 +242,7 @@ def test_more_tokens_see_the_old_positions() -> None:
     assert new(z, t, y).shape == (1, 3, 32, 32)
 
 
-def test_other_targets_are_refused() -> None:
+def test_impossible_targets_are_refused() -> None:
     old = settings(4)
     for target, message in (
         (settings(8, depth=3, bottleneck_dim=4), r"model\.depth: 2 -> 3; model\.bottleneck_dim: 8 -> 4"),
@@ -266,7 +266,7 @@ def test_other_targets_are_refused() -> None:
 
 @pytest.fixture
 def low(tmp_path: Path) -> Path:
-    """A run with moments."""
+    """A run that has moments."""
     return run_with_moments(tmp_path, settings(4))
 
 
@@ -308,7 +308,7 @@ def test_the_tool_writes_a_run(low: Path, tmp_path: Path, capsys: pytest.Capture
     for line in printed.splitlines():
         if "self-check" in line:
             assert all(float(number.rstrip(",")) < 1e-5 for number in line.split() if "e-" in number), line
-    assert Image.open(picture).size == (8 * 32, 3 * 32), "before, after pooled, after"
+    assert Image.open(picture).size == (8 * 32, 3 * 32), "the table has three columns: before, after pooling, after"
     before, after = open_weights(low), open_weights(high)
     assert (after.optimizer_step, after.class_names) == (7, ["a", "b"])
     plan = plan_upgrade(settings(4), settings(8), "nearest")
@@ -351,8 +351,8 @@ def test_the_tool_lifts_the_subspace_and_the_middle_layer(
 
 
 @pytest.mark.parametrize("name", ["middle_layer.linear.bias", SUBSPACE])
-def test_the_self_check_finds_what_is_wrong(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in the whole network alone."""
+def test_the_self_check_finds_an_error(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error anywhere is found, also if only the whole network shows it."""
     config = settings(8, rank=RANK, middle_head=1)
     source = open_weights(run_with_moments(tmp_path, settings(4, rank=RANK, middle_head=1)))
     plan = plan_upgrade(source.config, config)
@@ -376,7 +376,7 @@ def test_moments_can_be_left_out(low: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_authors_file_is_upgraded(tmp_path: Path) -> None:
-    """And the new network agrees with the numbers that the authors' code has computed for the old one."""
+    """The new network also agrees with the numbers that the authors' code computed for the old one."""
     stored = torch.load(FILES / "jit_tiny_heun.reference.pt", weights_only=True)
     described, reference = stored["config"], stored["reference"]
     sizes = {key: value for key, value in described.items() if key in vars(ModelConfig())}
@@ -392,7 +392,7 @@ def test_the_authors_file_is_upgraded(tmp_path: Path) -> None:
     assert float((found - reference["net_out"]).norm() / reference["net_out"].norm()) < 1e-5
 
 
-def test_mistakes(low: Path, tmp_path: Path) -> None:
+def test_mistakes_of_the_upgrade_command(low: Path, tmp_path: Path) -> None:
     to = target(tmp_path, settings(8))
     upgraded(low, to, tmp_path / "high")
     with pytest.raises(UserError, match="holds checkpoints already"):

@@ -1,4 +1,4 @@
-"""Configuration: composition, overrides, and everything that is refused."""
+"""Configuration: composition, overrides, and all refusals."""
 
 import ast
 import math
@@ -21,7 +21,8 @@ TYPES = {
     for name, kind in get_type_hints(type(settings)).items()
 }
 NUMBERS = sorted(key for key, types in TYPES.items() if types & {int, float})
-# Written down again, so that a limit that gets lost or is mistyped is found. Every number is in one line.
+# The limits are written down a second time, so that the test finds a lost or mistyped limit. One line lists all
+# numbers.
 LIMITS = """
 none: diffusion.mu evaluation.guidance_scale model.route_blocks
 one of 0, 1, 2, 3: engine.zero_stage
@@ -76,9 +77,9 @@ def test_the_papers_recipe(size: str, resolution: int, patch: int, noise_scale: 
 
 
 @pytest.mark.parametrize("size", "blh")
-def test_the_recipe_with_additions_is_the_papers_but_for_them(size: str) -> None:
+def test_the_recipe_with_additions_differs_from_the_papers_in_them_only(size: str) -> None:
     paper, plus = (load_config(ROOT / f"configs/jit_{size}_256{recipe}.yaml") for recipe in ("", "_plus"))
-    # Of their other settings the recipe names the defaults: rank 8, blocks [2, -2].
+    # The recipe names the other settings of the additions too, with their defaults: rank 8, blocks [2, -2].
     changed = {
         f"{group}.{name}"
         for group, settings in vars(paper).items()
@@ -92,7 +93,9 @@ def test_the_recipe_with_additions_is_the_papers_but_for_them(size: str) -> None
     }
     assert ("model.attn_dropout" in changed) == (size == "h")
     assert plus.run.route_until_images == 480 * 1_281_167
-    assert plus.model.middle_head == pytest.approx(plus.model.depth * 8 / 28, abs=0.5), "as published for 28 blocks"
+    assert plus.model.middle_head == pytest.approx(plus.model.depth * 8 / 28, abs=0.5), (
+        "the published blocks for a depth of 28"
+    )
 
 
 def test_an_explained_config_loads_and_names_every_setting(tmp_path: Path) -> None:
@@ -102,7 +105,7 @@ def test_an_explained_config_loads_and_names_every_setting(tmp_path: Path) -> No
     assert all(f"\n  # {setting.described}\n" in text for setting in SETTINGS.values())
 
 
-def test_later_sources_win(tmp_path: Path) -> None:
+def test_later_sources_override_earlier_ones(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("optim: {lr: 1.0, beta1: 0.5}\nrun: {max_steps: 7}")
     (tmp_path / "top.yaml").write_text("defaults: [base]\noptim: {lr: 2.0}")
     config = load_config(tmp_path / "top.yaml", ["run.max_steps=9"])
@@ -116,7 +119,7 @@ def test_every_number_has_its_limit() -> None:
 
 
 def message_of(values: dict[str, Any]) -> str:
-    """What is said of all `values` together."""
+    """The message about all `values` together."""
     written = {key: [value] if isinstance(SETTINGS[key].default, list) else value for key, value in values.items()}
     try:
         load_config(ROOT / "configs/jit_b_256.yaml", [f"{key}={value}" for key, value in written.items()])
@@ -126,7 +129,7 @@ def message_of(values: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("outwards", [-math.inf, math.inf])
-def test_every_limit_is_kept_to_the_last_step(outwards: float) -> None:
+def test_every_limit_is_enforced_to_the_smallest_step(outwards: float) -> None:
     allowed, refused = {}, {}
     for key in NUMBERS:
         one = SETTINGS[key]
@@ -148,7 +151,7 @@ def test_every_limit_is_kept_to_the_last_step(outwards: float) -> None:
         assert f"must be {SETTINGS[key].limit}" not in said, key
 
 
-def test_every_choice_is_kept() -> None:
+def test_only_listed_choices_are_accepted() -> None:
     for nothing in ("other", 4, -1):
         said = message_of(dict.fromkeys(CHOICES, nothing))
         assert all(f"{key}={nothing} " in said for key in CHOICES)
@@ -157,7 +160,7 @@ def test_every_choice_is_kept() -> None:
         assert "must be one of" not in said
 
 
-def test_every_number_is_finite() -> None:
+def test_numbers_that_are_not_finite_are_refused() -> None:
     for value in (math.nan, math.inf, -math.inf):
         floats = [key for key in NUMBERS if float in TYPES[key]]
         said = message_of(dict.fromkeys(floats, value))
@@ -244,10 +247,10 @@ def test_refusals(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load_config(ROOT / "configs/jit_b_256.yaml", override.split())
     assert expected in str(refused.value)
-    assert "\n" not in str(refused.value), "one mistake is one line"
+    assert "\n" not in str(refused.value), "one mistake gives one line"
 
 
-def test_what_is_refused_of_a_start() -> None:
+def test_settings_that_are_refused_at_the_start_of_a_run() -> None:
     with pytest.raises(
         ConfigError, match=r"hpz_group_size=3 must divide the 2 ranks; .*\n  data\.shards='' is not set"
     ):
@@ -273,8 +276,8 @@ def test_bf16_needs_hardware_that_has_it() -> None:
     load_config(ROOT / "configs/jit_b_256.yaml", ["engine.precision=fp32"], bf16_supported=lambda device: False)
 
 
-def test_a_bare_off_is_a_word(tmp_path: Path) -> None:
-    """YAML 1.1 reads it as false."""
+def test_a_bare_off_is_read_as_a_word(tmp_path: Path) -> None:
+    """YAML 1.1 reads a bare `off` as false."""
     (tmp_path / "quiet.yaml").write_text("tracking: {wandb: off}\nrun: {max_steps: 1}")
     assert load_config(tmp_path / "quiet.yaml").tracking.wandb == "off"
     assert load_config(ROOT / "configs/jit_b_256.yaml", ["tracking.wandb=off"]).tracking.wandb == "off"
@@ -282,7 +285,7 @@ def test_a_bare_off_is_a_word(tmp_path: Path) -> None:
         load_config(ROOT / "configs/jit_b_256.yaml", ["tracking.wandb=on"])
 
 
-def test_unreadable_files(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such config file"):
         load_config(tmp_path / "absent.yaml")
     (tmp_path / "broken.yaml").write_text("model: [unclosed")
@@ -296,7 +299,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_config(tmp_path / "orphan.yaml")
 
 
-def test_choices_match_what_exists() -> None:
+def test_choices_match_the_implementations() -> None:
     assert set(CHOICES["evaluation.more_features"]) == set(FEATURE_NETWORKS)
     assert set(CHOICES["evaluation.features"]) == {*FEATURE_NETWORKS, "auto"}
 
@@ -307,14 +310,18 @@ def test_importing_config_does_not_import_torch() -> None:
 
 
 def test_every_setting_is_read_by_some_code() -> None:
-    """A key that nothing reads falsifies experiments: each must be read as `...group.key` outside config/, or as an
-    attribute of a name that stands for the group: an argument annotated with its class, or a name it is assigned to."""
+    """A setting without a reader falsifies experiments. Each one must be read outside config/, in one of two ways:
+
+    as `...group.key`, or as an attribute of a name that stands for the group (an argument annotated with its class,
+    or a variable that was assigned the group).
+    """
     read: set[str] = set()
     groups = {"ModelConfig": "model", "DiffusionConfig": "diffusion", "OptimConfig": "optim"}
     groups |= {"EmaConfig": "ema", "EvaluationConfig": "evaluation"}
     for path in (ROOT / "jitscale").rglob("*.py"):
         tree = ast.parse(path.read_text())
-        if path.parent.name == "config" and path.name != "shapes.py":  # what it derives for others
+        # shapes.py derives numbers for other modules, so it counts as a reader.
+        if path.parent.name == "config" and path.name != "shapes.py":
             functions = ("weight_set_names",)
             tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in functions]
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:

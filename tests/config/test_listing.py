@@ -1,4 +1,4 @@
-"""`--list-settings` and docs/settings.md: the same page, with everything that the schema says."""
+"""`--list-settings` and docs/settings.md show the same page, with every fact of the schema."""
 
 import pytest
 
@@ -9,14 +9,14 @@ from jitscale.train import main
 from tests.support import ROOT
 
 
-def test_the_page_in_the_documentation_is_that_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_in_the_documentation_equals_the_output_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--list-settings"])
-    assert end.value.code == 0, "it needs no --config"
-    assert (ROOT / "docs/settings.md").read_text() == capsys.readouterr().out, "run: make docs"
+    assert end.value.code == 0, "the listing needs no --config"
+    assert (ROOT / "docs/settings.md").read_text() == capsys.readouterr().out, "docs/settings.md is old; run: make docs"
 
 
-def test_every_setting_is_listed_with_all_that_the_schema_says() -> None:
+def test_every_setting_is_listed_with_all_facts_of_the_schema() -> None:
     page = settings_page()
     assert max(map(len, page.splitlines())) <= WIDTH
     entries = [" ".join(entry.split()) for entry in page.split("\n- `")[1:]]
@@ -30,8 +30,8 @@ def test_every_setting_is_listed_with_all_that_the_schema_says() -> None:
     assert any(entry.startswith("evaluation.features_dir=null`") and "(text or null)" in entry for entry in entries)
 
 
-def test_the_default_of_every_entry_is_accepted_as_it_is_written() -> None:
-    """As an override: lists without spaces, null where a setting may have none."""
+def test_every_listed_default_is_a_valid_override() -> None:
+    """The default is a valid override: lists contain no spaces, and null stands where a setting may have no value."""
     written = [line.partition("`")[2].partition("`")[0] for line in settings_page().splitlines() if line[:3] == "- `"]
     load_config(ROOT / "configs/demo.yaml", [*written, "run.max_steps=1"])
     with pytest.raises(ConfigError, match="--list-settings shows all settings"):

@@ -1,4 +1,4 @@
-"""What texts and YAML values become, what is evaluated in them, and what stored settings may hold."""
+"""How texts and YAML values become settings. Which interpolations are evaluated. What stored settings may contain."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ EVALUATED = ["${oc.env:HOME}", "a/${model.depth}", "${", r"\${a}", r"\\${", "${o
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A user's own file."""
+    """A configuration file of a user."""
     (tmp_path / "own.yaml").write_text("run: {max_steps: 1}")
     return tmp_path / "own.yaml"
 
@@ -29,7 +29,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(refused.value)
 
 
-def test_the_text_after_the_equals_sign_is_literal(own: Path) -> None:
+def test_the_text_after_the_equals_sign_is_taken_literally(own: Path) -> None:
     for text in TEXTS:
         config = load_config(own, [f"run.dir={text}", f"tracking.name={text}", f"data.shards={text}"])
         assert (config.run.dir, config.tracking.name, config.data.shards) == (text, text, text)
@@ -44,7 +44,7 @@ def test_the_text_after_the_equals_sign_is_literal(own: Path) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS + EVALUATED)
-def test_every_text_survives_being_stored(text: str, own: Path) -> None:
+def test_every_text_survives_a_round_trip_through_a_file(text: str, own: Path) -> None:
     config = Config(run=RunConfig(dir=text, max_steps=1), tracking=TrackingConfig(name=text))
     config.evaluation.sweep = [text]
     own.write_text(to_yaml(config))
@@ -64,7 +64,7 @@ def test_every_text_survives_being_stored(text: str, own: Path) -> None:
         ("[a]", "['a'] has the wrong type (YAML reads a structure"),
     ],
 )
-def test_a_file_must_quote_what_yaml_takes_for_no_text(written: str, seen: str, own: Path) -> None:
+def test_a_file_must_quote_texts_that_yaml_reads_as_another_type(written: str, seen: str, own: Path) -> None:
     own.write_text(f"run: {{max_steps: 1, dir: {written}}}")
     assert refusal(own).endswith(f"run.dir={seen} here, not text); quote it, as in dir: '...'")
     own.write_text(f"run: {{max_steps: 1, dir: '{written or 'x'}'}}")
@@ -133,7 +133,7 @@ def test_refused_values(override: str, expected: str, own: Path) -> None:
         ("model.numHeads=1", "did you mean model.num_heads?"),
         ("evaluation.cfg=1", "did you mean evaluation.guidance_scale?"),
         ("checkpoint.every=1", "did you mean checkpoint.every_images?"),
-        ("diffusion.probability=1", "did you mean diffusion.label_drop?"),  # by its meaning
+        ("diffusion.probability=1", "did you mean diffusion.label_drop?"),  # The hint goes by the meaning of the word.
         ("optm.lr=1", "did you mean optim.lr?"),
         ("evaluation.dinov2=1", "did you mean evaluation.more_features?"),
         ("evaluation.fid=1", "did you mean evaluation.features?"),
@@ -155,7 +155,7 @@ def test_refused_values(override: str, expected: str, own: Path) -> None:
         ("evaluation.features=other", "give such a value, or null for none"),
     ],
 )
-def test_hints(override: str, expected: str, own: Path) -> None:
+def test_unknown_settings_get_a_hint(override: str, expected: str, own: Path) -> None:
     assert expected in refusal(own, override)
 
 
@@ -167,7 +167,7 @@ def test_home_folders_are_expanded_in_every_path(
     assert len(paths) == 11
     others = {"evaluation.weights", "evaluation.guide_weights", "run.init_weights", "tracking.project", "tracking.name"}
     free = {key for key in TEXT_SETTINGS if not SETTINGS[key].choices}
-    assert free == {*paths, *others}, "a new text setting says whether it is a path"
+    assert free == {*paths, *others}, "each new text setting must state whether it is a path"
     config = load_config(own, [f"{key}=~/x/{{a,b}}.tar" for key in paths])
     for key in paths:
         group, name = key.split(".")
@@ -198,7 +198,7 @@ def test_interpolation_sees_defaults_and_the_environment(own: Path, monkeypatch:
     config = load_config(own, ["model.image_size=64", "run.dir=${data.shards}/${tracking.project}"])
     assert (config.data.shards, config.run.dir) == ("/data/64", "/data/64/jitscale")
     monkeypatch.setenv("OWN_CACHE", "${model.depth}")
-    assert load_config(own).data.cache_dir == "${model.depth}", "what is found is not evaluated again"
+    assert load_config(own).data.cache_dir == "${model.depth}", "the result of an interpolation is not evaluated again"
     monkeypatch.delenv("OWN_CACHE")
     assert "Environment variable 'OWN_CACHE' not found" in refusal(own)
 
@@ -215,12 +215,14 @@ def test_interpolation_sees_defaults_and_the_environment(own: Path, monkeypatch:
         ("${run.dir}", "cannot be evaluated (Recursive interpolation detected)"),
     ],
 )
-def test_nothing_else_is_evaluated(text: str, expected: str, own: Path) -> None:
+def test_no_other_interpolation_is_evaluated(text: str, expected: str, own: Path) -> None:
     assert expected in refusal(own, f"run.dir={text}")
 
 
 @pytest.mark.parametrize("beside", ["checkpoints", "index.json", "model.safetensors"])
-def test_a_stored_file_is_data(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpolations_in_a_stored_configuration_are_not_evaluated(
+    beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TOKEN", "secret-of-mine")
     stored = tmp_path / "config.yaml"
     for content, expected in (
@@ -238,14 +240,14 @@ def test_a_stored_file_is_data(beside: str, tmp_path: Path, monkeypatch: pytest.
         assert expected in str(refused.value)
         assert "secret-of-mine" not in str(refused.value)
         (tmp_path / beside).touch()
-        assert expected in refusal(stored), "no caller need say so"
+        assert expected in refusal(stored), "no caller has to ask for it"
         (tmp_path / beside).unlink()
     stored.write_text("data: {shards: '${oc.env:TOKEN}'}\nrun: {max_steps: 1}")
-    assert load_config(stored).data.shards == "secret-of-mine", "a user's own file of this name"
+    assert load_config(stored).data.shards == "secret-of-mine", "a user's own file may have this name"
 
 
-def test_described_networks_are_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in config.json of Hugging Face and in the metadata of .safetensors."""
+def test_interpolations_in_a_described_network_are_not_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This holds for config.json of Hugging Face and for the metadata of .safetensors."""
     monkeypatch.setenv("TOKEN", "secret-of-mine")
     assert from_dict({"run": {"dir": "${oc.env:TOKEN}"}}).run.dir == "${oc.env:TOKEN}"
     for values, expected in (
@@ -285,7 +287,7 @@ def test_described_networks_are_data(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"#" * 2**21, "has more than 1048576 bytes"),
     ],
 )
-def test_files_that_are_no_configuration(content: bytes, expected: str, tmp_path: Path) -> None:
+def test_files_that_are_not_a_configuration_are_refused(content: bytes, expected: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(ConfigError) as refused:
         load_config(tmp_path / "a.yaml", ["run.max_images=1"])

@@ -29,7 +29,7 @@ def names(folder: Path, suffix: str = ".tar") -> set[str]:
 def until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.01)
 
 
@@ -42,6 +42,6 @@ def joined(*processes: multiprocessing.process.BaseProcess) -> None:
 
 
 def waits_for_lock(path: Path) -> bool:
-    """Whether somebody waits for the flock, as the kernel tells."""
+    """Whether a process waits for the flock, as /proc/locks shows."""
     inode = f":{path.stat().st_ino} "
     return any("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Fixtures of several files: a server of shards, and ways to start a process."""
+"""Fixtures that several files share: a server of shards, and ways to start a process."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempts of this process follow each other at once."""
+    """This process retries without a pause."""
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.001)
 
 

@@ -1,4 +1,4 @@
-"""Shards whose samples say which ones they are, some of them held out."""
+"""Shards whose samples state their own number. Some of the samples are held out."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ CPU = World(0, 1, 0, torch.device("cpu"))
 
 
 def write(folder: Path, numbers: list[int], per_shard: int, codec: str = "raw", size: int = 4) -> Path:
-    """Shards of samples whose key, label and pixels are their numbers; the last column is one brighter."""
+    """Write shards whose samples have their number as key, label and pixels. The last column is brighter by one."""
     folder.mkdir()
     records = []
     for shard, first in enumerate(range(0, len(numbers), per_shard)):
@@ -39,7 +39,7 @@ def config_of(shards: Path | str, held_out: str | None = None, size: int = 4) ->
 
 
 def members(shards: ShardSet) -> list[int]:
-    """The numbers of a set's samples in its order; what is seen is what is labelled."""
+    """The numbers of a set's samples in the set's order. Pixels and label must agree."""
     found = []
     for sample in range(shards.num_samples):
         image, label = shards.read(*shards.shard_and_index(sample))

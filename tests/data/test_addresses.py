@@ -1,4 +1,4 @@
-"""Addresses with secrets, which work and are shown nowhere; small remote files that are too large."""
+"""Addresses that contain secrets: they work, and no output shows the secret. Small remote files have a size limit."""
 
 import base64
 import traceback
@@ -57,7 +57,7 @@ def test_storage_with_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("https://host/a?token=***", r"its secret is masked.*give data.shards=ADDRESS again"),
     ],
 )
-def test_addresses_that_cannot_work(address: str, message: str) -> None:
+def test_addresses_that_cannot_work_are_refused(address: str, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         ShardSet.open(address, 3)
     assert "s3cret" not in str(caught.value)
@@ -106,7 +106,7 @@ def test_masked_addresses(text: str, expected: str) -> None:
         ("https://h:80/${oc.env:A}/a@b", False),
     ],
 )
-def test_settings_with_a_secret_themselves(address: str, has: bool) -> None:
+def test_settings_that_contain_a_secret_are_masked(address: str, has: bool) -> None:
     assert has_secret(f"data.shards={address}") == has
 
 
@@ -126,7 +126,7 @@ def test_small_files_are_bounded(storage: Storage, tmp_path: Path, monkeypatch: 
         Manifest.read("nested", b"[" * 1_000_000)
 
 
-def test_stored_config_has_no_secrets_and_the_process_has(tmp_path: Path) -> None:
+def test_only_the_process_and_not_the_stored_config_has_the_secrets(tmp_path: Path) -> None:
     address = "https://anna:p4ss@host/{resolution}/s-{0..3}.tar?token=p4ss"
     (tmp_path / "own.yaml").write_text(f"data: {{shards: '{address}', held_out: '{address}'}}\nrun: {{max_steps: 1}}")
     config = load_config(tmp_path / "own.yaml")

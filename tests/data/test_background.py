@@ -1,4 +1,4 @@
-"""What shows through transparent pixels, by the form in which a file stores transparency."""
+"""Transparent pixels show the background, whichever way a file stores transparency."""
 
 import json
 from pathlib import Path
@@ -17,9 +17,9 @@ from tests.preparation.surveying import change_manifest, index
 from tests.support.pictures import file_bytes, png_bytes, write_tar
 
 DROP, BLUE = parse_background("drop"), parse_background("12,34,200")
-GREY_8, RGB_8, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6  # colour types of PNG
+GREY_8, RGB_8, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6  # the colour types of PNG
 
-# Pixels and alpha of each file's one row, by hand.
+# The pixels and the alpha of the single row of each file, written by hand.
 Form = tuple[bytes, list[tuple[int, int, int]], list[int]]
 FORMS: dict[str, Form] = {
     "RGBA": (
@@ -72,7 +72,7 @@ FORMS: dict[str, Form] = {
 
 
 def over(pixels: npt.ArrayLike, alpha: npt.ArrayLike, colour: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
-    """Compositing as it is defined, in double precision."""
+    """Compositing by its definition, in double precision."""
     share = np.array(alpha, np.float64)[..., None] / 255
     return np.rint(np.array(pixels) * share + np.array(colour) * (1 - share)).astype(np.uint8)
 
@@ -88,7 +88,7 @@ def test_every_form_of_transparency_is_composited(form: str) -> None:
         assert found.transparent
     dropped = decode_file(data, "png", background=DROP)
     np.testing.assert_array_equal(dropped.image[0], pixels)
-    assert dropped.transparent, "counted, though it shows its hidden colours"
+    assert dropped.transparent, "the image is counted as transparent, although its hidden colours are visible"
     np.testing.assert_array_equal(decode(data, "png"), decode(data, "png", background=WHITE))
 
 
@@ -100,7 +100,7 @@ def test_every_value_and_alpha_is_rounded_to_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_an_opaque_picture_is_not_transparent_and_keeps_its_pixels(mode: str) -> None:
+def test_an_opaque_picture_keeps_its_pixels(mode: str) -> None:
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
     options = {"transparency": b"\xff" * 200} if mode == "P" else {}
     picture = rgb.convert("L").convert(mode) if mode == "LA" else rgb.convert(mode)
@@ -111,35 +111,35 @@ def test_an_opaque_picture_is_not_transparent_and_keeps_its_pixels(mode: str) ->
     np.testing.assert_array_equal(found.image, np.asarray(picture.convert("RGB")))
 
 
-def test_one_channel_is_the_luma_of_what_is_composited() -> None:
+def test_one_channel_is_the_luma_of_the_composited_image() -> None:
     data = FORMS["RGBA"][0]
     composited = Image.fromarray(decode(data, "png", background=BLUE))
     found = decode(data, "png", background=BLUE, channels=1)
     np.testing.assert_array_equal(found[..., 0], np.asarray(composited.convert("L")))
 
 
-def test_sixteen_bits_of_grey_stay_refused() -> None:
+def test_grey_images_of_sixteen_bits_are_refused() -> None:
     with pytest.raises(ImageError, match=r"mode I;16.*convert it to 8 bits"):
         decode(png_bytes(16, GREY_8, bytes(4), (b"tRNS", b"\0\0"), width=2), "png")
 
 
 @pytest.mark.parametrize("text", ["white", "black", "drop", "12,34,56", "0,0,1"])
-def test_a_background_reads_its_own_text(text: str) -> None:
+def test_a_background_can_be_read_from_its_own_text(text: str) -> None:
     assert str(parse_background(text)) == text
 
 
-def test_a_colour_with_a_name_is_that_name() -> None:
+def test_a_named_colour_is_written_as_its_name() -> None:
     assert [str(parse_background(text)) for text in ("255,255,255", "0,0,0")] == ["white", "black"]
 
 
 @pytest.mark.parametrize("text", ["", "red", "White", "1,2", "1,2,3,4", "1,2,256", "-1,2,3", "1, 2,3", "1,2,\u0663"])
-def test_other_texts_are_refused(text: str) -> None:
+def test_texts_that_are_not_a_background_are_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"is unknown; give white, black, drop .*, or R,G,B in 0\.\.255"):
         parse_background(text)
 
 
-def test_folders_are_read_over_their_own_backgrounds(tmp_path: Path) -> None:
-    """One of them has no manifest, and one an old manifest that says nothing."""
+def test_each_folder_is_composited_over_its_own_background(tmp_path: Path) -> None:
+    """One folder has no manifest. Another one has an old manifest that states no background."""
     data = FORMS["RGB"][0]
     backgrounds = {"a": "drop", "b": "12,34,200", "c": None, "d": "old"}
     for name, background in backgrounds.items():
@@ -158,11 +158,11 @@ def test_folders_are_read_over_their_own_backgrounds(tmp_path: Path) -> None:
     shards = ShardSet.open(str(tmp_path / "{a,b,c,d}" / "x.tar"), 0)
     for shard, background in enumerate((DROP, BLUE, WHITE, WHITE)):
         colour = (5, 6, 7) if background.colour is None else background.colour
-        assert shards.read(shard, 0)[0].tolist() == [[list(colour)]], "the crop is the left pixel"
+        assert shards.read(shard, 0)[0].tolist() == [[list(colour)]], "the crop contains the left pixel"
 
 
-def test_another_background_is_other_data(tmp_path: Path) -> None:
-    """A run would go on with other pixels; a stored measurement would be of other images."""
+def test_another_background_makes_different_data(tmp_path: Path) -> None:
+    """Otherwise a run would resume with other pixels, and a stored measurement would belong to other images."""
     write_tar(tmp_path / "x.tar", ("k.png", FORMS["RGBA"][0]))
     index(tmp_path)
     before = ShardSet.open(tmp_path, 0).manifest_hash

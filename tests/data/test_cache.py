@@ -1,4 +1,4 @@
-"""The cache of remote shards, against a real HTTP server and a real S3 server, from real processes."""
+"""The cache of remote shards, tested with real processes, a real HTTP server and a real S3 server."""
 
 import fcntl
 import hashlib
@@ -25,20 +25,20 @@ from jitscale.errors import DataError
 from tests.data.caching import Context, content, joined, names, until, waits_for_lock
 from tests.support.servers import PATIENCE, Storage, record_of
 
-# --- what is fetched ---
+# --- fetching ---
 
 
 @pytest.mark.parametrize("pattern", ["s3://bucket/a", "gs://bucket/a", "https://host/a", "http://host/a-{0..3}.tar"])
-def test_remote(pattern: str) -> None:
+def test_remote_addresses(pattern: str) -> None:
     assert is_remote(pattern)
 
 
 @pytest.mark.parametrize("pattern", ["/data/shards", "shards", "s3/shards", "ftp://host/a", "file:///a", ""])
-def test_not_remote(pattern: str) -> None:
+def test_addresses_that_are_not_remote(pattern: str) -> None:
     assert not is_remote(pattern)
 
 
-def test_content_is_the_servers_and_is_fetched_once(storage: Storage, tmp_path: Path) -> None:
+def test_content_equals_the_servers_and_is_fetched_once(storage: Storage, tmp_path: Path) -> None:
     url, record = storage.shard(size=5_000_000)
     shards = ShardCache(tmp_path / "made" / "for it", 10_000_000)
     descriptor = shards.open(url, record)
@@ -59,7 +59,7 @@ def test_shards_with_equal_names_are_told_apart(storage: Storage, tmp_path: Path
     assert content(shards, *other) == b"other" * 1000
 
 
-def test_file_that_was_cut_is_fetched_again(storage: Storage, tmp_path: Path) -> None:
+def test_truncated_file_is_fetched_again(storage: Storage, tmp_path: Path) -> None:
     shards = ShardCache(tmp_path, 500_000)
     url, record = storage.shard()
     shards.fetch(url, record)
@@ -93,12 +93,12 @@ def _fetch(shards: ShardCache, url: str, record: ShardRecord) -> None:
     shards.fetch(url, record)
 
 
-def test_killed_download_is_never_read_and_its_waiter_takes_over(
+def test_killed_download_is_never_read_and_a_waiting_process_takes_over(
     storage: Storage, tmp_path: Path, context: Context
 ) -> None:
     url, record = storage.shard(size=2_000_000)
     storage.orders[record.name] = ["hold"]
-    shards = ShardCache(tmp_path, 3_000_000)  # no room for what was left and for another
+    shards = ShardCache(tmp_path, 3_000_000)  # There is no room for the leftover file and for another one.
     killed = context.Process(target=_fetch, args=(shards, url, record))
     killed.start()
     assert storage.held.acquire(timeout=PATIENCE)
@@ -137,7 +137,7 @@ def test_child_of_a_killed_process_does_not_keep_its_locks(storage: Storage, tmp
     child = ours.recv()
     try:
         os.kill(killed.pid or 0, signal.SIGKILL)
-        until(lambda: not killed.is_alive())  # `join` would wait for the child too, which has its pipe
+        until(lambda: not killed.is_alive())  # `join` would also wait for the child, which holds the pipe.
         taker = fork.Process(target=_fetch, args=(shards, url, record))
         taker.start()
         joined(taker)
@@ -166,17 +166,17 @@ def _read_manifest_and_fetch(shards: ShardCache, manifest: str, url: str, record
     shards.fetch(url, record)
 
 
-def test_processes_forked_from_one_that_reads_can_read_and_do_not_disturb_it(
+def test_forks_of_a_reading_process_can_read_and_do_not_disturb_it(
     storage: Storage, tmp_path: Path, fork: ForkContext
 ) -> None:
     address, _ = storage.add("manifest.json", b"{}")
     shards = ShardCache(tmp_path, 10_000_000)
-    assert read_remote(address) == b"{}"  # the event loop runs and keeps a connection
+    assert read_remote(address) == b"{}"  # The event loop runs and keeps a connection.
     held, other = storage.shard(1), storage.shard(2)
     storage.orders[held[1].name] = ["hold"]
     thread = threading.Thread(target=shards.fetch, args=held)
     thread.start()
-    assert storage.held.acquire(timeout=PATIENCE)  # and a download is running
+    assert storage.held.acquire(timeout=PATIENCE)  # A download is running too.
     children = [fork.Process(target=_read_manifest_and_fetch, args=(shards, address, *other)) for _ in range(2)]
     for child in children:
         child.start()
@@ -189,11 +189,11 @@ def test_processes_forked_from_one_that_reads_can_read_and_do_not_disturb_it(
     assert storage.gets == {"manifest.json": 4, held[1].name: 1, other[1].name: 1}
 
 
-# --- what fails ---
+# --- failures ---
 
 
 @pytest.mark.parametrize("order", ["503", "429", "cut", "wrong", "short", "long"])
-def test_what_may_pass_is_tried_again_and_logged(
+def test_temporary_errors_are_retried_and_logged(
     storage: Storage, tmp_path: Path, impatient: None, caplog: pytest.LogCaptureFixture, order: str
 ) -> None:
     url, record = storage.shard()
@@ -204,7 +204,7 @@ def test_what_may_pass_is_tried_again_and_logged(
     assert len(warnings) == 2
 
 
-def test_waits_grow(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_between_attempts_grow(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", waits.append)
     storage.orders["a"] = ["503"] * 4
@@ -212,7 +212,7 @@ def test_waits_grow(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     assert waits == [0.25, 1, 4, 16]
 
 
-def test_silent_server_is_left(
+def test_silent_server_is_abandoned_after_a_timeout(
     storage: Storage, tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "_SILENCE_TIMEOUT", 0.3)
@@ -233,7 +233,7 @@ def test_silent_server_is_left(
         ("long", "content differs from the manifest (more than 300000 bytes)"),
     ],
 )
-def test_what_does_not_pass_is_an_error_that_leaves_nothing(
+def test_persistent_failure_is_an_error_and_leaves_nothing(
     storage: Storage, tmp_path: Path, impatient: None, order: str, message: str
 ) -> None:
     url, record = storage.shard()
@@ -249,7 +249,7 @@ def test_what_does_not_pass_is_an_error_that_leaves_nothing(
 @pytest.mark.parametrize(
     ("order", "message"), [("404", "there is no such file"), ("403", "access is refused"), ("410", "refuses it")]
 )
-def test_what_waiting_does_not_mend_is_tried_once(storage: Storage, tmp_path: Path, order: str, message: str) -> None:
+def test_permanent_errors_are_not_retried(storage: Storage, tmp_path: Path, order: str, message: str) -> None:
     url, record = storage.shard()
     storage.orders[record.name] = [order] * 2
     with pytest.raises(DataError, match=f"{url}: .*{message}"):
@@ -259,7 +259,7 @@ def test_what_waiting_does_not_mend_is_tried_once(storage: Storage, tmp_path: Pa
     assert storage.gets[record.name] == 2
 
 
-def test_host_that_cannot_be_reached(impatient: None) -> None:
+def test_unreachable_host_is_an_error(impatient: None) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/manifest.json"
@@ -267,25 +267,25 @@ def test_host_that_cannot_be_reached(impatient: None) -> None:
             read_remote(url)
 
 
-def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(DataError, match=r"gs://bucket/a: .* not installed .* pip install 'jitscale\[gcs\]'"):
         read_remote("gs://bucket/a")
 
 
-def test_manifest_does_not_choose_file_names(storage: Storage, tmp_path: Path) -> None:
+def test_manifest_cannot_choose_file_names_in_the_cache(storage: Storage, tmp_path: Path) -> None:
     url, _ = storage.shard()
     for sha256 in ("../../somewhere", "A" * 64, None):
         with pytest.raises(DataError, match="as its sha256"):
             ShardCache(tmp_path, 400_000).fetch(url, ShardRecord("a.tar", 1, 1, sha256))  # type: ignore[arg-type]
 
 
-def test_folder_that_cannot_be_made_or_written(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_made_or_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/folder: cannot be created .*choose another"):
         ShardCache(tmp_path / "file" / "folder", 1)
     with pytest.raises(DataError, match=r"cache.lock: cannot be written .*choose"):
-        ShardCache(Path("/proc"), 1)  # refuses root too
+        ShardCache(Path("/proc"), 1)  # /proc refuses new folders, even for root.
 
 
 def _fetch_on_a_small_disk(shards: ShardCache, url: str, record: ShardRecord, reports: object) -> None:
@@ -296,7 +296,7 @@ def _fetch_on_a_small_disk(shards: ShardCache, url: str, record: ShardRecord, re
         reports.send(str(error))  # type: ignore[attr-defined]
 
 
-def test_disk_that_refuses_a_file_of_this_size(storage: Storage, tmp_path: Path, fork: ForkContext) -> None:
+def test_file_above_the_size_limit_of_the_disk_is_an_error(storage: Storage, tmp_path: Path, fork: ForkContext) -> None:
     url, record = storage.shard()
     ours, theirs = fork.Pipe()
     process = fork.Process(target=_fetch_on_a_small_disk, args=(ShardCache(tmp_path, 400_000), url, record, theirs))
@@ -307,7 +307,7 @@ def test_disk_that_refuses_a_file_of_this_size(storage: Storage, tmp_path: Path,
     assert names(tmp_path, ".partial") == set()
 
 
-def test_full_disk(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_an_error(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -322,7 +322,7 @@ def test_full_disk(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- S3 ---
 
 
-def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: ForkContext) -> None:
+def test_shards_are_fetched_from_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: ForkContext) -> None:
     boto3 = pytest.importorskip("boto3")
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
     server.start()

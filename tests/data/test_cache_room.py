@@ -1,4 +1,4 @@
-"""The cache of remote shards: what is evicted, who waits for room, and the indexes next to the shards."""
+"""Room in the cache of remote shards: eviction, downloads that wait for room, and the indexes next to the shards."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ from tests.support.pictures import numbered_png, samples_of, tar_bytes, write_ta
 from tests.support.servers import PATIENCE, Storage
 
 
-def test_shard_larger_than_the_cache(storage: Storage, tmp_path: Path) -> None:
+def test_shard_larger_than_the_cache_is_refused(storage: Storage, tmp_path: Path) -> None:
     url, record = storage.shard()
     shards = ShardCache(tmp_path, record.bytes - 1)
     with pytest.raises(DataError, match=f"{url}: has 300000 bytes.*room for 299999; raise data.cache_gb to 0.0003 "):
@@ -48,13 +48,15 @@ def test_least_recently_used_goes_first_with_its_index(storage: Storage, tmp_pat
     assert [(tmp_path / f"{record.sha256}.tar").exists() for _, record in three] == [True, False, True]
     assert not index_of_1.exists()
     assert not left_of_1.exists()
-    ShardCache(tmp_path, 1_000_000).fetch(*three[0])  # marks it as used
+    ShardCache(tmp_path, 1_000_000).fetch(*three[0])  # A fetch marks the shard as used.
     shards.fetch(*storage.shard(4))
     assert [(tmp_path / f"{record.sha256}.tar").exists() for _, record in three] == [True, False, False]
     assert foreign.exists()
 
 
-def test_use_is_marked_but_not_every_time(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_is_marked_at_most_once_in_a_while(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, record = storage.shard()
     ShardCache(tmp_path, 400_000).fetch(url, record)
     lock = tmp_path / f"{record.sha256}.lock"
@@ -87,7 +89,8 @@ def test_capacity_is_never_exceeded(storage: Storage, tmp_path: Path, fork: Fork
     largest = samples = 0
     while any(process.is_alive() for process in processes):
         sizes: dict[str, int] = {}
-        for path in tmp_path.iterdir():  # a file may be met under both names while it is renamed
+        # During a rename, a file may be listed under both names.
+        for path in tmp_path.iterdir():
             if path.suffix in {".tar", ".partial"}:
                 try:
                     sizes[path.stem] = path.stat().st_size
@@ -101,7 +104,7 @@ def test_capacity_is_never_exceeded(storage: Storage, tmp_path: Path, fork: Fork
     assert all(storage.gets[record.name] >= 1 for _, record in wanted)
 
 
-def test_downloads_wait_for_room_that_others_have_reserved(storage: Storage, tmp_path: Path) -> None:
+def test_downloads_wait_while_others_have_reserved_the_room(storage: Storage, tmp_path: Path) -> None:
     one, other = storage.shard(1), storage.shard(2)
     storage.orders[one[1].name] = ["hold"]
     shards = ShardCache(tmp_path, 500_000)
@@ -120,7 +123,9 @@ def test_downloads_wait_for_room_that_others_have_reserved(storage: Storage, tmp
     assert names(tmp_path) == {f"{other[1].sha256}.tar"}
 
 
-def test_what_killed_processes_left_is_removed_and_what_runs_is_not(storage: Storage, tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed_and_running_downloads_are_kept(
+    storage: Storage, tmp_path: Path
+) -> None:
     running, new = storage.shard(1), storage.shard(2)
     storage.orders[running[1].name] = ["hold"]
     shards = ShardCache(tmp_path, 1_000_000)
@@ -144,7 +149,7 @@ def _hold_open(shards: ShardCache, url: str, record: ShardRecord, reports: objec
     assert hashlib.sha256(os.pread(descriptor, record.bytes + 1, 0)).hexdigest() == record.sha256
 
 
-def test_evicted_shard_can_be_read_by_who_has_it_open(storage: Storage, tmp_path: Path, context: Context) -> None:
+def test_evicted_shard_stays_readable_where_it_is_open(storage: Storage, tmp_path: Path, context: Context) -> None:
     shards = ShardCache(tmp_path, 500_000)
     one, other = storage.shard(1), storage.shard(2)
     ours, theirs = context.Pipe()
@@ -157,7 +162,9 @@ def test_evicted_shard_can_be_read_by_who_has_it_open(storage: Storage, tmp_path
     joined(reader)
 
 
-def test_eviction_between_fetch_and_open(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_evicted_between_fetch_and_open_is_fetched_again(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, record = storage.shard()
     fetch, evictions = ShardCache.fetch, [f"{record.sha256}.tar"]
 
@@ -247,8 +254,8 @@ def test_damaged_index_is_scanned_again(
     assert "again" in caplog.text
 
 
-def test_labels_are_where_the_manifest_says(storage: Storage, tmp_path: Path) -> None:
-    """Also in a copy of a remote shard, which is scanned."""
+def test_labels_are_read_from_the_place_named_in_the_manifest(storage: Storage, tmp_path: Path) -> None:
+    """This also holds for the local copy of a remote shard, which is scanned."""
     (tmp_path / "in").mkdir()
     one = ("0.png", numbered_png(8, 0)), ("0.json", b'{"label": "dog"}')
     write_tar(tmp_path / "in" / "0.tar", *one, ("1.png", numbered_png(8, 1)), ("1.json", b'{"label": "cat"}'))

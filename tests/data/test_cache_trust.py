@@ -1,4 +1,4 @@
-"""The cache of remote shards: which copies are trusted, and whose folder it is."""
+"""The cache of remote shards: which copies it trusts, and who may own its folder."""
 
 import errno
 import os
@@ -19,23 +19,25 @@ from tests.support.servers import Storage
 
 
 def spoil(copy: Path) -> None:
-    """Other pixels in as many bytes, at the same time."""
+    """Write other pixels with the same number of bytes and the same time stamp."""
     status = copy.stat()
     copy.write_bytes(bytes(status.st_size))
     os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_copy_with_other_content_is_never_read(
+def test_copy_with_different_content_is_never_read(
     storage: Storage, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url, record = storage.shard()
     copy = tmp_path / f"{record.sha256}.tar"
-    copy.write_bytes(bytes(record.bytes))  # put there by somebody else
+    copy.write_bytes(bytes(record.bytes))  # Another user put the file there.
     shards = ShardCache(tmp_path, 400_000)
     assert content(shards, url, record) == storage.files[record.name]
-    spoil(copy)  # while a process uses it
+    # The copy changes while a process uses it.
+    spoil(copy)
     assert content(shards, url, record) == storage.files[record.name]
-    spoil(copy)  # between two processes
+    # The copy changes between two processes.
+    spoil(copy)
     assert content(ShardCache(tmp_path, 400_000), url, record) == storage.files[record.name]
     assert storage.gets[record.name] == 3
     assert [f"{url}: its copy {copy} differs from the manifest" in line for line in caplog.messages] == [True] * 3
@@ -72,10 +74,10 @@ def test_copy_with_a_bad_sample_is_hashed_once_a_node_and_hour(
 
 
 @pytest.mark.parametrize("damage", ["[" * 200_000, '{"x": 1' + "0" * 5000 + "}", "5", '{"x": [[], 1e999]}', "\udcff"])
-def test_what_cannot_be_noted_or_read_costs_a_hash(
+def test_a_lost_or_unreadable_note_costs_one_hash_only(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    """No download, and no sound copy."""
+    """The cache hashes the copy again. It does not download again, and it never loses a sound copy."""
     url, record = storage.shard()
     ShardCache(tmp_path, 400_000).fetch(url, record)
     (tmp_path / f"{record.sha256}.lock").write_text(damage, errors="surrogateescape")
@@ -104,16 +106,16 @@ def test_bad_sample_names_the_copy_and_a_damaged_copy_is_fetched_again(
     monkeypatch.setattr(cache, "_identity", seen)
     shards = ShardSet.open(storage.url, 2, cache_dir=tmp_path / "cache")
     (copy,) = (tmp_path / "cache").glob("*.tar")
-    spoil(copy)  # by the disk: the cache sees no change
+    spoil(copy)  # The disk damages the copy; the cache sees no change.
     expected = samples_of(ShardSet.open(folder, 2))
     assert samples_of(shards) == expected
     assert storage.gets["shard-000000.tar"] == 2
     spoil(copy)
     with pytest.raises(ImageError, match=rf"{storage.url}/shard-000000.tar \(copied to {copy}\): byte \d+: sample 0"):
-        shards.read(0, 0)  # once a process: what is bad again may be bad in the storage
+        shards.read(0, 0)  # Each process checks once: if the new copy is bad too, the storage itself may be damaged.
 
 
-def test_usual_folder_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folder_belongs_to_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_folder.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = cache_folder.usual_cache_folder()
     assert (folder.parent, folder.stat().st_mode & 0o777) == (tmp_path, 0o700)

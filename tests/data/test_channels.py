@@ -1,4 +1,4 @@
-"""Grey images stay grey: one channel in files, shards, batches."""
+"""Grey images keep one channel in files, shards and batches."""
 
 import io
 from pathlib import Path
@@ -26,7 +26,7 @@ def grey(number: int, height: int = 20, width: int = 24) -> npt.NDArray[np.uint8
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_grey_image_is_a_grey_file(codec: str) -> None:
+def test_a_grey_image_is_encoded_as_a_grey_file(codec: str) -> None:
     image = np.ascontiguousarray(center_crop(grey(1), 16))
     extension, data = encode(image, codec)
     read = decode(data, extension, channels=1)
@@ -46,14 +46,14 @@ def test_a_grey_image_is_a_grey_file(codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["raw", "png", "webp", "jpeg"])
-def test_colours_become_luma(codec: str) -> None:
+def test_colours_are_converted_to_luma(codec: str) -> None:
     extension, data = encode(noise(2), codec)
     expected = Image.fromarray(decode(data, extension)).convert("L")
     np.testing.assert_array_equal(decode(data, extension, channels=1)[..., 0], np.asarray(expected))
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(97, 131, 32), (20, 24, 30), (9, 400, 8), (16, 16, 16)])
-def test_a_grey_crop_is_a_channel_of_the_coloured_one(height: int, width: int, size: int) -> None:
+def test_a_grey_crop_equals_one_channel_of_the_coloured_crop(height: int, width: int, size: int) -> None:
     image = grey(3, height, width)
     cropped = center_crop(image, size)
     assert cropped.shape == (size, size, 1)
@@ -85,7 +85,7 @@ def test_shards_of_either_kind_are_read_with_either_number_of_channels(tmp_path:
     assert defects(tmp_path / "grey") == []
 
 
-def test_the_default_is_three_channels(tmp_path: Path) -> None:
+def test_the_default_number_of_channels_is_three(tmp_path: Path) -> None:
     write_shards(noise(1, 8, 8)[None, ..., :1], [0], tmp_path)
     assert ShardSet.open(tmp_path, 1).read(0, 0)[0].shape == (8, 8, 3)
 

@@ -1,4 +1,7 @@
-"""A corpus of damage: each case has one outcome, and docs/data.md states it under the same name."""
+"""A collection of damaged shards.
+
+Each case has one outcome, and docs/data.md states that outcome under the same name.
+"""
 
 import errno
 import gzip
@@ -30,26 +33,26 @@ DOCUMENT = ROOT / "docs/data.md"
 
 
 def picture(height: int = SIZE, width: int = SIZE) -> npt.NDArray[np.uint8]:
-    """Smooth colours, so that JPEG changes them little."""
+    """Smooth colours, which JPEG changes little."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows * 9 % 256, columns * 9 % 256, (rows + columns) * 4 % 256], axis=-1).astype(np.uint8)
 
 
 RGB = Image.fromarray(picture())
 PALETTE = RGB.quantize(256)
-TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0"  # orientation 6: by 90 degrees
+TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0"  # orientation 6: turned by 90 degrees
 PNG = file_bytes(RGB, "PNG")
 LARGE_JPEG = file_bytes(Image.fromarray(picture(64, 64)), "JPEG", quality=95)
 
 
 def corrupt_middle(data: bytes) -> bytes:
-    """Bytes in the middle of the compressed pixels turned into ones that no Huffman code has."""
+    """Replace bytes in the middle of the compressed pixels by bytes that no Huffman code contains."""
     middle = len(data) // 2
     return data[:middle] + bytes([0xFF, 0x00] * 8) + data[middle + 16 :]
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A black PNG of any size, made without its pixels in memory."""
+    """A black PNG of any size, made without holding its pixels in memory."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -62,13 +65,13 @@ def png_of(width: int, height: int) -> bytes:
 
 
 def jpeg_that_claims(height: int, width: int) -> bytes:
-    """The frame header of a small JPEG changed."""
+    """A small JPEG whose frame header states other values."""
     start = LARGE_JPEG.index(b"\xff\xc0") + 5
     return LARGE_JPEG[:start] + struct.pack(">HH", height, width) + LARGE_JPEG[start + 4 :]
 
 
 def damaged_pax(*members: tuple[str, bytes]) -> bytes:
-    """Pax headers that call the members sparse, with a map that is none."""
+    """Pax headers that declare sparse members, with an invalid map."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, data in members:
@@ -80,7 +83,7 @@ def damaged_pax(*members: tuple[str, bytes]) -> bytes:
 
 
 def damaged_palette() -> bytes:
-    """A PNG with a transparent colour, whose palette goes by another name; all checksums are right."""
+    """A PNG with a transparent colour whose palette chunk has another name. All checksums are right."""
     data = file_bytes(PALETTE, "PNG", transparency=0)
     start = data.index(b"PLTE") - 4
     (length,) = struct.unpack_from(">I", data, start)
@@ -90,12 +93,12 @@ def damaged_palette() -> bytes:
 
 
 def damaged_npy() -> bytes:
-    """numpy's parser of the header meets a list where it wants a name."""
+    """The header has a list where numpy's parser expects a name."""
     data = encode(picture(), "raw")[1]
     return data.replace(b"'descr': '|u1'", b"'descr': [|u1'")
 
 
-# Half of the picture, and one colour of its palette, are transparent.
+# Half of the picture is transparent; in PALETTE one colour is.
 CUT_OUT = np.dstack([picture(), np.repeat(np.uint8([255, 0]), SIZE * SIZE // 2).reshape(SIZE, SIZE)])
 CUT_OUT_OVER_WHITE = np.where(CUT_OUT[..., 3:] == 0, np.uint8(255), picture())
 PALETTE_OVER_WHITE = np.where(np.asarray(PALETTE)[..., None] == 0, 255, np.asarray(PALETTE.convert("RGB")))
@@ -103,13 +106,13 @@ PALETTE_OVER_WHITE = np.where(np.asarray(PALETTE)[..., None] == 0, 255, np.asarr
 
 @dataclass(frozen=True)
 class Case:
-    """A folder that someone might point `data.shards` at, and what comes of it."""
+    """A folder that a user might set as `data.shards`, and its outcome."""
 
     name: str
     build: Callable[[Path], object]  # writes into an empty folder
-    refused: str | None = None  # what the refusal at the start says; None: the shards open
-    replaced: str | None = None  # what is said of sample 0 when another one stands in for it; None: it is read
-    pixels: npt.NDArray[np.uint8] | None = None  # of sample 0, within the tolerance of its codec
+    refused: str | None = None  # the message of the refusal at the start; None: the shards open
+    replaced: str | None = None  # the reason why sample 0 is replaced by another one; None: it is read
+    pixels: npt.NDArray[np.uint8] | None = None  # the pixels of sample 0, within the tolerance of its codec
 
 
 def shards(*members: tuple[str, bytes]) -> Callable[[Path], object]:
@@ -125,12 +128,12 @@ def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 
 def image(data: bytes, extension: str) -> Callable[[Path], object]:
-    """The case's image first, then a sound one that tells the set's image size."""
+    """The damaged image comes first, then a sound one, from which the image size of the set is read."""
     return shards((f"a.{extension}", data), ("a.cls", b"1"), ("b.png", PNG), ("b.cls", b"2"))
 
 
 def lying(change: Callable[[dict[str, object]], object]) -> Callable[[Path], object]:
-    """Shards of ours with a manifest that someone changed."""
+    """Our own shards with a changed manifest."""
 
     def build(folder: Path) -> None:
         write_shards(np.stack([picture()] * 6), [1] * 6, folder, samples_per_shard=4)
@@ -142,7 +145,7 @@ def lying(change: Callable[[dict[str, object]], object]) -> Callable[[Path], obj
 
 
 PAIR = (("k.png", PNG), ("k.cls", b"1"))
-SECOND = 512 + -(-len(PNG) // 512) * 512  # where the second member's header starts
+SECOND = 512 + -(-len(PNG) // 512) * 512  # the offset of the second member's header
 
 CASES = [
     # Tars
@@ -181,7 +184,7 @@ CASES = [
         rewritten(lambda data: damaged_pax(*PAIR)),
         r"a.tar: byte 0: is not a complete tar \(invalid literal",
     ),
-    # Members
+    # Members of tars
     Case("sample without image", shards(PAIR[1]), r"byte 0: sample 'k' has 0 images among \['cls'\]"),
     Case("sample with two images", shards(*PAIR, ("k.jpg", PNG)), r"byte 0: sample 'k' has 2 images among"),
     Case("duplicate key", shards(*PAIR, *PAIR), rf"byte {SECOND + 1024}: key 'k' occurs twice"),
@@ -310,7 +313,7 @@ def test_damage_has_the_stated_outcome(tmp_path: Path, case: Case) -> None:
         assert label == 1
         assert case.pixels is not None
         np.testing.assert_allclose(pixels.astype(int), case.pixels, atol=6)
-    assert sorted(tmp_path.rglob("*")) == before, "reading writes nothing"
+    assert sorted(tmp_path.rglob("*")) == before, "reading writes no file"
 
 
 def test_the_document_states_every_outcome() -> None:
@@ -321,7 +324,7 @@ def test_the_document_states_every_outcome() -> None:
         assert outcomes.get(case.name, "").startswith(kind), f"{case.name}: {kind}"
 
 
-def test_a_tar_whose_storage_fails_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_storage_of_a_tar_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     number = errno.EIO
 
     def fail(*arguments: object) -> bytes:

@@ -1,4 +1,4 @@
-"""Held-out samples: which ones they are, and that no position of training reaches them."""
+"""Held-out samples: how they are chosen, and that training never reads them."""
 
 import pickle
 import re
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The samples from 100 on, in shards of their own; the training ones of `fewer` are those before."""
+    """The samples from 100 on, in shards of their own. The samples before 100 are the training samples of `fewer`."""
     return write(tmp_path_factory.mktemp("held") / "other", list(range(100, COUNT)), 7)
 
 
@@ -48,7 +48,7 @@ def fewer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_position_of_three_epochs_is_held_out(
     folder: Path, fewer: Path, other: Path, variant: str, workers: int
 ) -> None:
-    """Read by the real loader on two ranks; all others come once an epoch."""
+    """The real loader reads the shards on two ranks. Each sample that is not held out appears once an epoch."""
     shards = open_training_shards(config_of(folder, "0.2") if variant == "fraction" else config_of(fewer, str(other)))
     hidden = held(shards)
     assert 12 < len(hidden) < 36
@@ -66,8 +66,8 @@ def test_no_position_of_three_epochs_is_held_out(
         assert sorted(sequence[epoch * len(expected) : (epoch + 1) * len(expected)]) == expected
 
 
-def test_stand_ins_are_not_held_out(tmp_path: Path) -> None:
-    """Half of the samples is held out, and half of the others cannot be decoded."""
+def test_replacements_are_never_held_out_samples(tmp_path: Path) -> None:
+    """Half of the samples are held out, and half of the remaining ones cannot be decoded."""
     whole = write(tmp_path / "shards", list(range(COUNT)), 35, codec="png")
     training = members(open_training_shards(config_of(whole, "0.5")))
     bad = set(training[1::2])
@@ -83,8 +83,8 @@ def test_stand_ins_are_not_held_out(tmp_path: Path) -> None:
     assert hidden.isdisjoint(batch.labels.tolist())
 
 
-def test_the_choice_belongs_to_the_keys(folder: Path, tmp_path: Path) -> None:
-    """Packed in another order, in other shards, at another size, as a part, under another seed: the same samples."""
+def test_the_choice_depends_on_the_keys_alone(folder: Path, tmp_path: Path) -> None:
+    """The choice ignores the order, the shards, the image size and the seed, and whether only a part is packed."""
     chosen = held(open_training_shards(config_of(folder, "0.2")))
     shuffled = np.random.default_rng(0).permutation(COUNT).tolist()
     assert held(open_training_shards(config_of(write(tmp_path / "again", shuffled, 50), "0.2"))) == chosen
@@ -100,8 +100,8 @@ def test_the_choice_belongs_to_the_keys(folder: Path, tmp_path: Path) -> None:
     )
 
 
-def test_the_fraction_is_kept() -> None:
-    """Of 20,000 keys, within four standard deviations."""
+def test_the_held_out_share_equals_the_fraction() -> None:
+    """The share of 20,000 keys is exact within four standard deviations."""
     keys = key_hashes([TarSample(f"n{number % 100:08d}_{number}", 0, 0, "png", None, 0) for number in range(20_000)])
     assert len(set(keys.tolist())) == 20_000
     chosen = int((uniform(0, Purpose.HELD_OUT, keys) < 0.01).sum())
@@ -109,7 +109,7 @@ def test_the_fraction_is_kept() -> None:
 
 
 def test_the_choice_never_changes(folder: Path) -> None:
-    """It is part of every checkpoint's meaning."""
+    """Every checkpoint depends on this choice."""
     expected = [1, 9, 21, 22, 32, 37, 38, 39, 61, 62, 67, 80, 84, 113, 119]
     assert sorted(held(open_training_shards(config_of(folder, "0.1")))) == expected
 
@@ -122,10 +122,10 @@ def test_without_held_out_samples_nothing_changes(folder: Path) -> None:
     assert shards.manifest_hash == open_training_shards(config_of(folder, "0.2")).manifest_hash
 
 
-def test_keys_are_read_beside_the_tars_or_from_their_headers(
+def test_keys_are_read_next_to_the_tars_or_from_their_headers(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Shards that an older version packed have no keys; foreign ones have no manifest; damaged keys are refused."""
+    """Shards of an older version have no keys, and foreign tars have no manifest. Damaged keys are refused."""
     caplog.set_level("INFO")
     chosen = held(open_training_shards(config_of(folder, "0.2")))
     assert "have no keys" not in caplog.text
@@ -141,7 +141,8 @@ def test_keys_are_read_beside_the_tars_or_from_their_headers(
     )
     (older / MANIFEST).unlink()
     keys = np.load(keys_path(older / shard_name(0)))
-    np.save(keys_path(older / shard_name(0)), keys + np.uint64(1))  # not believed where no manifest names the tar
+    # If no manifest names the tar, the stored keys are not trusted.
+    np.save(keys_path(older / shard_name(0)), keys + np.uint64(1))
     assert held(open_training_shards(config_of(older, "0.2"))) == chosen
     shutil.copy(folder / MANIFEST, older)
     found = [str(defect) for defect in verify(find_tars(str(older)), 1).defects]
@@ -168,7 +169,7 @@ def test_a_fraction_of_remote_shards_needs_their_keys(folder: Path, tmp_path: Pa
             open_training_shards(config)
 
 
-def test_workers_get_no_held_out_samples(folder: Path) -> None:
+def test_workers_receive_no_held_out_samples(folder: Path) -> None:
     shards = open_training_shards(config_of(folder, "0.2"))
     sent = pickle.loads(pickle.dumps(shards))
     assert sent.held_out is None
@@ -194,7 +195,7 @@ def test_refusals(folder: Path, other: Path, tmp_path: Path, held_out: str, mess
     for source, target in ((folder, tmp_path / "shards"), (folder, tmp_path / "copy"), (other, named), (other, few)):
         shutil.copytree(source, target)
     (tmp_path / "link").mkdir()
-    for path in folder.glob("shard-*.tar"):  # no manifest there, and so no hash
+    for path in folder.glob("shard-*.tar"):  # Without a manifest there are no hashes.
         (tmp_path / "link" / path.name).hardlink_to(tmp_path / "shards" / path.name)
     for number, where in ((0, tmp_path / "shards"), (1, named), (0, few)):
         text = (where / MANIFEST).read_text().replace('"class_names": null', f'"class_names": {names(number)}')
@@ -227,7 +228,7 @@ def test_held_out_images_that_cannot_be_decoded_are_refused_at_the_start(fewer: 
 
 
 def test_the_setting_is_a_number_or_a_text(tmp_path: Path) -> None:
-    """From YAML and from the command line; it survives being written."""
+    """The value can come from YAML and from the command line, and it survives being stored."""
     (tmp_path / "bare.yaml").write_text("run: {max_steps: 1}")
     for text, expected in (("0.01", "0.01"), ("1e-3", "0.001"), ("/data/val", "/data/val")):
         (tmp_path / "file.yaml").write_text(f"data: {{held_out: {text}}}\nrun: {{max_steps: 1}}")

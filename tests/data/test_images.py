@@ -1,4 +1,4 @@
-"""Images between bytes and pixels."""
+"""Conversion of images between bytes and pixels."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ def photograph(height: int = 24, width: int = 20) -> npt.NDArray[np.uint8]:
 
 
 def row(values: list[int], height: int) -> npt.NDArray[np.uint8]:
-    """An image whose rows all are `values`, in three equal channels."""
+    """An image of three equal channels in which every row equals `values`."""
     return np.tile(np.array(values, np.uint8)[None, :, None], (height, 1, 3))
 
 
@@ -68,8 +68,8 @@ def test_unknown_codec_is_refused() -> None:
 
 
 @pytest.mark.parametrize("extension", ["npy", "png", "webp", "jpg"])
-def test_damage_is_a_data_error_or_an_image(extension: str) -> None:
-    """No damage leads to another kind of exception; a cut is always noticed."""
+def test_damage_gives_a_data_error_or_an_image(extension: str) -> None:
+    """Damage raises no other kind of exception. A truncated file is always noticed."""
     codecs = {written: codec for codec, written in CODECS.items()}
     image = photograph(32, 32)
     data = encode(image, codecs[extension])[1] if extension in codecs else file_bytes(Image.fromarray(image), "JPEG")
@@ -87,17 +87,17 @@ def test_damage_is_a_data_error_or_an_image(extension: str) -> None:
 
 
 def test_crop_halves_with_a_box_filter() -> None:
-    """4 -> 2: means of pairs. The bicubic filter would reach further and let 80 leak into the right pixel."""
+    """4 -> 2: the result is the mean of pairs. A bicubic filter reaches further: 80 would leak into the right pixel."""
     np.testing.assert_array_equal(center_crop(row([80, 0, 0, 0], 4), 2), row([40, 0], 2))
 
 
 def test_crop_halves_an_odd_side_by_the_pixels_whose_centres_are_in_the_box() -> None:
-    """5 -> 2: the boxes are [0, 2.5] and ]2.5, 5], the middle pixel's centre is in the first one."""
+    """5 -> 2: the boxes are [0, 2.5] and ]2.5, 5]. The centre of the middle pixel lies in the first box."""
     np.testing.assert_array_equal(center_crop(row([0, 50, 100, 150, 200], 5), 2), row([50, 175], 2))
 
 
 def test_crop_halves_twice() -> None:
-    """8 -> 4 -> 2: means of four."""
+    """8 -> 4 -> 2: the result is the mean of four pixels."""
     np.testing.assert_array_equal(center_crop(row([40, 0, 0, 0, 8, 8, 8, 8], 8), 2), row([10, 8], 2))
 
 
@@ -108,7 +108,10 @@ def test_crop_takes_the_centre_of_the_long_side() -> None:
 
 
 def test_crop_is_bicubic_below_twice_the_size() -> None:
-    """3 -> 2 by the filter with a = -1/2, support 3: weights at distances 1/6, 1/2, 7/6 of the stretched kernel."""
+    """3 -> 2: the filter has a = -1/2 and support 3.
+
+    Its weights lie at the distances 1/6, 1/2, 7/6 of the stretched kernel.
+    """
 
     def kernel(x: float) -> float:
         return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
@@ -117,11 +120,11 @@ def test_crop_is_bicubic_below_twice_the_size() -> None:
     expected = round(float(200 * weights[0] / weights.sum()))
     cropped = center_crop(row([200, 0, 0], 3), 2)
     assert abs(int(cropped[0, 0, 0]) - expected) <= 1
-    assert cropped[0, 1, 0] == 0  # a negative lobe, clipped
+    assert cropped[0, 1, 0] == 0  # The negative lobe is clipped.
 
 
-def test_crop_enlarges_what_is_smaller() -> None:
-    """As ADM did; bicubic interpolation keeps a constant."""
+def test_crop_enlarges_smaller_images() -> None:
+    """ADM does the same. Bicubic interpolation preserves a constant."""
     image = np.full((20, 24, 3), 77, np.uint8)
     assert np.array_equal(center_crop(image, 30), np.full((30, 30, 3), 77, np.uint8))
 
@@ -133,8 +136,8 @@ def synthetic(height: int, width: int) -> npt.NDArray[np.uint8]:
     return (np.stack(channels, axis=-1) % 256).astype(np.uint8)
 
 
-# sha256 of the crops that the routine published with arXiv 2105.05233 (guided-diffusion, image_datasets.py) returns
-# for `synthetic` images under Pillow 13.0.0 and numpy 2.4.6 on x86-64.
+# These are sha256 hashes of the crops that the routine published with arXiv 2105.05233 (guided-diffusion,
+# image_datasets.py) returns for `synthetic` images under Pillow 13.0.0 and numpy 2.4.6 on x86-64.
 PUBLISHED_CROPS = [
     (375, 500, 256, "fccc3320aeaacb012cf6f9241086e539c727bb70cba79a85df6639683c22cb84"),
     (500, 333, 256, "bae1c24a845dae4178cb824120b69bb55d695753c48bc1e5c9dfd5ddaabc9041"),
@@ -149,14 +152,14 @@ PUBLISHED_CROPS = [
 
 
 @pytest.mark.parametrize(("height", "width", "size", "digest"), PUBLISHED_CROPS)
-def test_crop_is_the_published_one_to_the_bit(height: int, width: int, size: int, digest: str) -> None:
+def test_crop_is_bit_equal_to_the_published_one(height: int, width: int, size: int, digest: str) -> None:
     crop = np.ascontiguousarray(center_crop(synthetic(height, width), size))
     assert crop.shape == (size, size, 3)
     assert hashlib.sha256(crop.tobytes()).hexdigest() == digest
 
 
-def test_what_a_decoder_says_is_the_same_every_time() -> None:
-    """It becomes part of a manifest, which must not depend on addresses in memory."""
+def test_messages_of_decoders_are_reproducible() -> None:
+    """The message becomes part of a manifest, so it must not contain memory addresses."""
     reasons = set()
     for _ in range(2):
         with pytest.raises(DataError) as caught:
@@ -166,14 +169,14 @@ def test_what_a_decoder_says_is_the_same_every_time() -> None:
 
 
 @pytest.mark.parametrize(("codec", "extension"), CODECS.items())
-def test_content_tells_its_extension(codec: str, extension: str) -> None:
+def test_the_content_determines_the_extension(codec: str, extension: str) -> None:
     assert content_extension(encode(photograph(), codec)[1]) == extension
     with pytest.raises(DataError, match="neither JPEG, PNG, WebP nor"):
         content_extension(b"RIFF1234WAVE")
 
 
 def published_crop(image: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """The last step of the published routine, which resizes the whole picture, however long it is."""
+    """The last step of the published routine. It resizes the whole picture, of any length."""
     picture = Image.fromarray(image)
     scale = size / min(picture.size)
     pixels = np.asarray(picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.BICUBIC))
@@ -185,7 +188,7 @@ def published_crop(image: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.ui
 def test_an_extreme_picture_is_cut_before_it_is_enlarged(
     monkeypatch: pytest.MonkeyPatch, height: int, width: int, size: int
 ) -> None:
-    """To the same pixels, without a scaled picture of many times the crop."""
+    """The pixels stay the same, but no scaled picture of many times the crop's size is made."""
     image = synthetic(height, width)
     expected = published_crop(image, size)
     sides = []
@@ -201,14 +204,14 @@ def test_an_extreme_picture_is_cut_before_it_is_enlarged(
 
 
 def png_with(kind: bytes, content: bytes, checksum: int | None = None) -> bytes:
-    """The photograph as a PNG that has one more chunk behind its header."""
+    """The photograph as a PNG with one more chunk after its header."""
     data = file_bytes(photograph(), "PNG")
     checksum = zlib.crc32(kind + content) if checksum is None else checksum
     return data[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum) + data[33:]
 
 
-def test_metadata_costs_no_picture() -> None:
-    """Large texts and profiles, which Pillow refuses, and damaged ones, which no decoder of pixels reads."""
+def test_bad_metadata_does_not_make_a_picture_undecodable() -> None:
+    """Pillow refuses large texts and profiles. No decoder of pixels reads damaged ones."""
     large = zlib.compress(os.urandom(900_000).hex().encode())
     for kind, content in [
         (b"zTXt", b"workflow\0\0" + large),
@@ -225,17 +228,19 @@ def test_metadata_costs_no_picture() -> None:
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("filler", [b"\0", 5 * b"\0", 40 * b"\0", b"\xff\0" * 3, b"\0\xff" * 3, 40 * b"\xaa"])
-def test_filler_before_the_end_of_a_jpeg_costs_no_picture(filler: bytes, progressive: bool) -> None:
-    for seed in range(8):  # how many leftover bytes the decoder itself overlooks differs
+def test_filler_before_the_end_of_a_jpeg_is_ignored(filler: bytes, progressive: bool) -> None:
+    # The number of leftover bytes that the decoder itself overlooks differs between images.
+    for seed in range(8):
         noise = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
         data = file_bytes(Image.fromarray(noise), "JPEG", quality=90, progressive=progressive)
         padded = data[:-2] + filler + data[-2:]
-        for behind in (b"", data, b"\xff\xd9"):  # a second picture in the file
+        # The file may contain a second picture.
+        for behind in (b"", data, b"\xff\xd9"):
             np.testing.assert_array_equal(decode(padded + behind, "jpg"), decode(data, "jpg"))
 
 
 def test_other_bytes_before_the_end_of_a_jpeg_are_damage() -> None:
-    """A flipped bit shows by the code that is left over; Pillow returns garbage."""
+    """A flipped bit is noticed because compressed data is left over. Pillow alone would return garbage."""
     data = file_bytes(Image.fromarray(synthetic(64, 64)), "JPEG", quality=90)
     start = data.index(b"\xff\xda") + 14
     said = []

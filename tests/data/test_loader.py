@@ -1,4 +1,4 @@
-"""Micro-batches: the same global sequence for any number of ranks and workers, from any position on."""
+"""Micro-batches: the global sequence is the same for any number of ranks and workers, and from any position on."""
 
 import gc
 import multiprocessing
@@ -34,7 +34,7 @@ Sequence = dict[int, tuple[int, int]]  # position -> (number of the image, label
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """50 images in uneven shards; each image is filled with its number."""
+    """50 images in uneven shards. The pixels of each image equal its number."""
     folder = tmp_path_factory.mktemp("shards")
     images = np.broadcast_to(np.arange(COUNT, dtype=np.uint8)[:, None, None, None], (COUNT, 8, 8, 3))
     write_shards(images, np.arange(COUNT) % CLASSES, folder, codec="raw", samples_per_shard=9)
@@ -43,7 +43,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 @pytest.fixture(params=["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def start_method(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each way in which a platform may start workers by default."""
+    """Each start method that some platform uses for workers by default."""
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method(request.param, force=True)
     yield
@@ -58,7 +58,7 @@ def loader(
 
 
 def sequence(batches: list[Batch]) -> Sequence:
-    """What stood at each position; a position that comes twice is an error."""
+    """The sample at each position. A position that appears twice is an error."""
     found: Sequence = {}
     for batch in batches:
         assert (batch.images.dtype, batch.labels.dtype, batch.positions.dtype) == (
@@ -74,7 +74,7 @@ def sequence(batches: list[Batch]) -> Sequence:
 
 
 def steps(shards: ShardSet, count: int, *, world: int, start: int, size: int, micro: int, workers: int = 0) -> Sequence:
-    """`count` global batches of all ranks together."""
+    """`count` global batches, put together from all ranks."""
     batches: list[Batch] = []
     for rank in range(world):
         endless = loader(shards, rank=rank, world=world, start=start, size=size, micro=micro, workers=workers)
@@ -82,7 +82,7 @@ def steps(shards: ShardSet, count: int, *, world: int, start: int, size: int, mi
     return sequence(batches)
 
 
-def test_positions_are_sliced_as_documented(shards: ShardSet) -> None:
+def test_positions_are_divided_among_ranks_as_documented(shards: ShardSet) -> None:
     batches = list(islice(loader(shards, rank=1, world=3, start=5), 4))
     assert [batch.positions.tolist() for batch in batches] == [[6, 9], [12, 15], [18, 21], [24, 27]]
 
@@ -92,7 +92,7 @@ def test_positions_are_sliced_as_documented(shards: ShardSet) -> None:
 def test_the_global_sequence_depends_neither_on_ranks_nor_on_workers(
     shards: ShardSet, world: int, workers: int
 ) -> None:
-    """Ten global batches, more than two epochs."""
+    """Ten global batches cover more than two epochs."""
     expected = steps(shards, 10, world=1, start=0, size=12, micro=12)
     assert list(expected) == list(range(120))
     assert steps(shards, 10, world=world, start=0, size=12, micro=2, workers=workers) == expected
@@ -115,7 +115,7 @@ def test_a_change_of_the_global_batch_loses_and_repeats_nothing(shards: ShardSet
     assert before | after == steps(shards, 10, world=1, start=0, size=12, micro=12)
 
 
-def test_batches_that_cannot_be_shared_are_refused(shards: ShardSet) -> None:
+def test_batches_that_cannot_be_divided_are_refused(shards: ShardSet) -> None:
     with pytest.raises(DataError, match=r"batch_size=12: is not a multiple of 5 ranks x micro-batch 2 = 10"):
         loader(shards, world=5)
     with pytest.raises(DataError, match=r"batch_size=12: is not a multiple of 1 ranks x micro-batch 5 = 5"):
@@ -123,7 +123,7 @@ def test_batches_that_cannot_be_shared_are_refused(shards: ShardSet) -> None:
 
 
 def damage(folder: Path, samples: list[int]) -> None:
-    """Overwrite images of the first shard with zeros, behind the manifest's back."""
+    """Overwrite images of the first shard with zeros, without changing the manifest."""
     index = np.load(folder / "shard-000000.index.npy")
     with (folder / "shard-000000.tar").open("r+b") as file:
         for sample in samples:
@@ -131,13 +131,16 @@ def damage(folder: Path, samples: list[int]) -> None:
             file.write(bytes(int(index[sample]["size"])))
 
 
-def test_others_stand_in_for_damaged_images_whoever_reads(tmp_path: Path) -> None:
-    """The same for any number of ranks and workers; every other position keeps its sample; each is counted once."""
+def test_damaged_images_get_the_same_replacement_on_any_rank(tmp_path: Path) -> None:
+    """The replacement is the same for any number of ranks and workers.
+
+    All other positions keep their sample, and each replacement is counted once.
+    """
     images = np.broadcast_to(np.arange(COUNT, dtype=np.uint8)[:, None, None, None], (COUNT, 8, 8, 3))
     write_shards(images, np.arange(COUNT) % CLASSES, tmp_path, codec="png", samples_per_shard=25)
     sound = steps(ShardSet.open(tmp_path, CLASSES, 8), 5, world=1, start=0, size=12, micro=12)
     damage(tmp_path, [0, 3, 4])
-    shards = ShardSet.open(tmp_path, CLASSES, 8)  # sample 0 is bad, and the set still opens
+    shards = ShardSet.open(tmp_path, CLASSES, 8)  # Sample 0 is damaged, but the set still opens.
     dirty = steps(shards, 5, world=1, start=0, size=12, micro=12)
     assert steps(shards, 5, world=2, start=0, size=12, micro=3) == dirty
     assert steps(shards, 5, world=1, start=0, size=12, micro=4, workers=2) == dirty
@@ -147,11 +150,11 @@ def test_others_stand_in_for_damaged_images_whoever_reads(tmp_path: Path) -> Non
     assert all(label == number % CLASSES for number, label in dirty.values())
     reasons = [reason for batch in islice(loader(shards, workers=2), 25) for reason in batch.bad_samples]
     assert all(re.match(rf"{tmp_path}/shard-000000.tar: byte \d+: sample [034] cannot be decoded", r) for r in reasons)
-    assert len(reasons) == 3  # one epoch: 25 batches of 2
+    assert len(reasons) == 3  # One epoch has 25 batches of 2.
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_full_of_damage_are_one_line(tmp_path: Path, workers: int) -> None:
+def test_too_much_damage_is_a_one_line_error(tmp_path: Path, workers: int) -> None:
     write_shards(np.zeros((8, 8, 8, 3), np.uint8), [0] * 8, tmp_path, codec="png")
     shards = ShardSet.open(tmp_path, 1, 8)
     damage(tmp_path, list(range(8)))
@@ -163,8 +166,8 @@ def test_shards_full_of_damage_are_one_line(tmp_path: Path, workers: int) -> Non
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_gets_lost_is_one_line(tmp_path: Path, workers: int) -> None:
-    """No other samples stand in for it: storage that fails is no bad image."""
+def test_a_lost_shard_is_a_one_line_error(tmp_path: Path, workers: int) -> None:
+    """No other samples replace those of a lost shard: failing storage is not a bad image."""
     write_shards(np.zeros((8, 8, 8, 3), np.uint8), [0] * 8, tmp_path, samples_per_shard=4)
     shards = ShardSet.open(tmp_path, 1, 8)
     (tmp_path / "shard-000001.tar").unlink()
@@ -194,9 +197,9 @@ def test_a_dead_worker_is_named(shards: ShardSet) -> None:
 
 @pytest.mark.usefixtures("start_method")
 def test_workers_leave_signals_to_the_trainer(shards: ShardSet) -> None:
-    """Slurm signals every process of a step; the state is saved after that, so that batches must go on."""
+    """Slurm signals every process of a step. The trainer saves its state after that, so batches must continue."""
     batches = iter(loader(shards, workers=2))
-    found = list(islice(batches, 6))  # both workers are past their start
+    found = list(islice(batches, 6))  # The start of both workers is complete.
     workers = multiprocessing.active_children()
     for worker in workers:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -209,8 +212,8 @@ def test_workers_leave_signals_to_the_trainer(shards: ShardSet) -> None:
     assert not any(worker.is_alive() for worker in workers)
 
 
-def test_workers_end_though_somebody_holds_their_iterator(shards: ShardSet) -> None:
-    """As a traceback does that is kept for a report."""
+def test_workers_end_although_their_iterator_is_still_referenced(shards: ShardSet) -> None:
+    """A traceback that is kept for a report holds the iterator."""
     batches = iter(loader(shards, workers=2))
     next(batches)
     workers = multiprocessing.active_children()
@@ -221,8 +224,8 @@ def test_workers_end_though_somebody_holds_their_iterator(shards: ShardSet) -> N
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_remote_shards_are_the_same_sequence(shards: ShardSet, tmp_path: Path, workers: int) -> None:
-    """Read by two ranks through a cache that holds two of the six shards; each is fetched in time or again."""
+def test_remote_shards_give_the_same_sequence(shards: ShardSet, tmp_path: Path, workers: int) -> None:
+    """Two ranks read through a cache that holds two of the six shards, so each shard is fetched in time or again."""
     folder = Path(shards._shards[0].location).parent
     with serving(folder) as address:
         size = max(path.stat().st_size for path in folder.glob("*.tar"))
@@ -241,7 +244,7 @@ def test_remote_shards_are_the_same_sequence(shards: ShardSet, tmp_path: Path, w
             remote.check_cache(loader(remote).shards_side_by_side(1))
 
 
-def test_too_little_shared_memory_is_said_at_start(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_shared_memory_is_reported_at_the_start(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 8 * 2 * 3 * 4 * (8 * 8 * 3 + 16)  # ranks x workers x batches each x images x bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     loader(shards, micro=4, workers=2).check_shared_memory(8)
@@ -251,13 +254,13 @@ def test_too_little_shared_memory_is_said_at_start(shards: ShardSet, monkeypatch
         loader(shards, micro=4, workers=2).check_shared_memory(8)
 
 
-def test_loading_leaves_the_random_state_of_training_alone(shards: ShardSet) -> None:
+def test_loading_does_not_change_the_random_state_of_training(shards: ShardSet) -> None:
     before = torch.random.get_rng_state()
     list(islice(loader(shards), 3))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_model_input() -> None:
+def test_pixels_are_flipped_and_scaled_for_the_model() -> None:
     pixels: npt.NDArray[np.uint8] = np.zeros((2, 1, 3, 3), np.uint8)
     pixels[:, 0, :, 0] = [0, 51, 255]
     x = to_model_input(torch.from_numpy(pixels), torch.tensor([False, True]))

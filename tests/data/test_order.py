@@ -1,4 +1,4 @@
-"""The order of samples: every one once an epoch, whoever reads it, and for ever the same."""
+"""The order of samples: each sample appears once an epoch, for any number of readers, and the order never changes."""
 
 import itertools
 import tempfile
@@ -37,8 +37,8 @@ def test_every_epoch_is_a_permutation(streams: int, window: int) -> None:
     assert epoch_of(EpochOrder(UNEVEN, 4, streams, window), 0) != epochs[0]
 
 
-def test_positions_may_be_asked_in_any_grouping() -> None:
-    """Across windows and epochs, singly, backwards and in one piece."""
+def test_positions_may_be_requested_in_any_grouping() -> None:
+    """Positions may span windows and epochs. They may be requested singly, backwards or in one piece."""
     order = EpochOrder(UNEVEN, seed=3, streams=4, window=16)
     positions = np.arange(3 * order.num_samples)
     whole = np.stack(order.locate(positions))
@@ -51,7 +51,7 @@ def test_positions_may_be_asked_in_any_grouping() -> None:
 
 @pytest.mark.parametrize("epoch", [0, 5])
 def test_streams_are_contiguous_and_shuffled_inside_windows(epoch: int) -> None:
-    """248 samples in 7 streams, of 36 or 35 samples; one stream with windows of one sample is the line itself."""
+    """248 samples make 7 streams of 36 or 35 samples. One stream with windows of one sample is the unshuffled order."""
     line = epoch_of(EpochOrder(UNEVEN, seed=0, streams=1, window=1), epoch)
     shard_order = list(dict.fromkeys(shard for shard, _ in line))
     assert line == [(shard, index) for shard in shard_order for index in range(UNEVEN[shard])]
@@ -68,19 +68,20 @@ def test_streams_are_contiguous_and_shuffled_inside_windows(epoch: int) -> None:
             assert sorted(window) == sorted(expected)
             moved += window != expected
         start += len(column)
-    assert moved > 20  # of 28 windows
+    assert moved > 20  # There are 28 windows.
 
 
 def test_the_number_of_streams_depends_on_the_data_alone() -> None:
     assert EpochOrder([1000] * 1281, 0).streams == 512
-    assert EpochOrder([10_000] * 128, 0).streams == 128  # as many as shards
-    assert EpochOrder([100] * 1000, 0).streams == 128  # 781 samples a stream; 256 would have less than a window
+    assert EpochOrder([10_000] * 128, 0).streams == 128  # There are as many streams as shards.
+    # A stream has 781 samples; with 256 streams it would have less than a window.
+    assert EpochOrder([100] * 1000, 0).streams == 128
     assert EpochOrder([256] * 7 + [5], 0).streams == 2
     assert EpochOrder([3], 0).streams == 1
 
 
 def test_the_order_never_changes() -> None:
-    """These numbers are part of every checkpoint's meaning."""
+    """Every checkpoint depends on these numbers."""
     order = EpochOrder(UNEVEN, seed=7, streams=4, window=16)
     shards, indices = order.locate(np.array([0, 1, 2, 3, 4, 247, 248, 10_000]))
     assert shards.tolist() == [5, 9, 4, 6, 5, 1, 1, 2]
@@ -88,24 +89,24 @@ def test_the_order_never_changes() -> None:
 
 
 @pytest.mark.timeout(30)
-def test_a_far_position_is_found_without_walking_there() -> None:
+def test_a_far_position_is_found_without_iterating_to_it() -> None:
     order = EpochOrder(np.full(100_000, 1000), seed=0)
     shards, indices = order.locate(np.array([12_345_678_901]))
     assert (0 <= shards[0] < 100_000, 0 <= indices[0] < 1000) == (True, True)
 
 
-def test_an_order_of_nothing_is_refused() -> None:
+def test_an_order_without_samples_is_refused() -> None:
     with pytest.raises(DataError, match="0 samples"):
         EpochOrder([], seed=0)
 
 
-# Exactly once, as a property of real shards read by the real loader
+# The property "each sample exactly once", for real shards read by the real loader
 
 Leg = tuple[int, int, int, int]  # ranks, micro-batch, micro-batches a step, steps
 
 
 def write_numbered(folder: Path, sizes: list[int]) -> ShardSet:
-    """Shards of `sizes`, empty ones among them; the pixel and the label of each sample say which one it is."""
+    """Write shards of `sizes`, some of them empty. The pixel and the label of each sample state its number."""
     numbers = itertools.count()
     records = []
     for shard, size in enumerate(sizes):
@@ -121,7 +122,7 @@ def write_numbered(folder: Path, sizes: list[int]) -> ShardSet:
 
 
 def read_legs(shards: ShardSet, order: EpochOrder, legs: list[Leg], workers: int) -> list[int]:
-    """The samples at positions 0, 1, 2, ... as a run reads them that is moved to other ranks after each leg."""
+    """The samples at positions 0, 1, 2, ... of a run that resumes with other ranks after each leg."""
     at: dict[int, int] = {}
     start = 0
     for world, micro, accumulated, steps in legs:
@@ -152,7 +153,7 @@ def check_exactly_once(sizes: list[int], seed: int, streams: int, window: int, l
         assert len(counted) == min(total, len(sequence) - epoch)
     fresh = EpochOrder(sizes, seed, streams, window)
     where, index = fresh.locate(np.arange(len(sequence)))
-    assert sequence == (starts[where] + index).tolist(), "the order depends on the data, seed, streams and window alone"
+    assert sequence == (starts[where] + index).tolist(), "the order depends only on data, seed, streams and window"
 
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
@@ -163,8 +164,13 @@ orders = {"seed": st.integers(0, 2**63), "streams": st.integers(1, 9), "window":
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(sizes=shard_sizes, legs=st.lists(many_ranks, min_size=1, max_size=3), **orders)
-def test_exactly_once_in_any_world(sizes: list[int], seed: int, streams: int, window: int, legs: list[Leg]) -> None:
-    """Uneven and empty shards, 1 to 16 ranks, several epochs, world and batch changed on the way."""
+def test_exactly_once_in_any_world_size(
+    sizes: list[int], seed: int, streams: int, window: int, legs: list[Leg]
+) -> None:
+    """The shards are uneven and some are empty.
+
+    There are 1 to 16 ranks and several epochs; world size and batch change on the way.
+    """
     check_exactly_once(sizes, seed, streams, window, legs, workers=0)
 
 
@@ -174,7 +180,7 @@ def test_exactly_once_in_any_world(sizes: list[int], seed: int, streams: int, wi
 def test_exactly_once_with_workers(
     sizes: list[int], seed: int, streams: int, window: int, legs: list[Leg], workers: int
 ) -> None:
-    """The same through worker processes."""
+    """The same holds with worker processes."""
     check_exactly_once(sizes, seed, streams, window, legs, workers)
 
 
@@ -185,7 +191,7 @@ def test_exactly_once_campaign(sizes: list[int], seed: int, streams: int, window
     check_exactly_once(sizes, seed, streams, window, legs, workers=0)
 
 
-def test_an_origin_moves_the_beginning_of_the_first_epoch() -> None:
+def test_an_origin_moves_the_start_of_the_first_epoch() -> None:
     at_zero, moved = EpochOrder(UNEVEN, seed=3), EpochOrder(UNEVEN, seed=3, origin=1000)
     positions = np.arange(600)
     np.testing.assert_array_equal(at_zero.locate(positions), moved.locate(positions + 1000))

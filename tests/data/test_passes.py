@@ -1,4 +1,4 @@
-"""Each sample once, in tar order, through webdataset's reader."""
+"""webdataset's reader gives each sample once, in tar order."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def numbers(shards: ShardSet, samples: range, block: int = 3, workers: int = 0) 
 
 @pytest.mark.parametrize("codec", ["raw", "png"])
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_any_range_comes_in_order_whoever_decodes(
+def test_any_range_comes_in_order_for_any_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, workers: int
 ) -> None:
     monkeypatch.setenv("WORKER", "1")
@@ -44,7 +44,7 @@ def test_any_range_comes_in_order_whoever_decodes(
 
 
 def test_odd_names_and_other_members_are_read_as_in_training(tmp_path: Path) -> None:
-    """webdataset by itself leaves out `__meta__`, and takes a hidden file for one of its folder's name."""
+    """webdataset itself skips `__meta__`, and it takes a hidden file for a sample named like its folder."""
     members = [
         ("x/._1.png", b"no image"),
         ("__meta__/1.cls", b"1"),
@@ -61,8 +61,8 @@ def test_odd_names_and_other_members_are_read_as_in_training(tmp_path: Path) -> 
     assert numbers(shards, range(4), 4) == [[1, 2, 3, 4]]
 
 
-def test_a_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job starts again."""
+def test_failing_storage_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After such an error the job is started again."""
     pack(tmp_path, count=12, per_shard=12)
     shards = ShardSet.open(tmp_path, CLASSES)
 
@@ -78,7 +78,7 @@ def test_a_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_is_named(tmp_path: Path, workers: int) -> None:
-    """Where webdataset goes silent, and where it raises."""
+    """This includes damage at which webdataset stops silently, and damage at which it raises."""
     pack(tmp_path / "shards", count=12, per_shard=12)
     whole = (tmp_path / "shards" / "shard-000000.tar").read_bytes()
     offsets = np.load(tmp_path / "shards" / "shard-000000.index.npy")["offset"]

@@ -1,4 +1,4 @@
-"""Shards are fetched ahead of need, in order of need, and without holding up the end of a process."""
+"""Shards are fetched ahead of need and in order of need. Fetching does not delay the end of a process."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from tests.data.caching import content, names, until
 from tests.support.servers import PATIENCE, Storage
 
 
-def test_prefetcher_fetches_what_is_wanted_now_in_order_of_need() -> None:
+def test_prefetcher_fetches_the_wanted_shards_in_order_of_need() -> None:
     begun: list[int] = []
     gate = threading.Semaphore(0)
 
@@ -29,7 +29,7 @@ def test_prefetcher_fetches_what_is_wanted_now_in_order_of_need() -> None:
     prefetcher = Prefetcher(fetch, threads=1)
     prefetcher.want([5, 9, 9, 1])
     until(lambda: begun == [5])
-    prefetcher.want([7, 5, 3, 7])  # 9 and 1 are no longer wanted; 5 is being fetched
+    prefetcher.want([7, 5, 3, 7])  # 9 and 1 are no longer wanted; 5 is still being fetched.
     for _ in range(3):
         gate.release()
     until(lambda: begun == [5, 7, 3] and not prefetcher._running)
@@ -39,7 +39,7 @@ def test_prefetcher_fetches_what_is_wanted_now_in_order_of_need() -> None:
     prefetcher.close()
 
 
-def test_prefetcher_fetches_again_what_may_have_been_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetcher_fetches_shards_again_that_may_have_been_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetching, "_REPEAT_AFTER", 0.05)
     begun: list[int] = []
     prefetcher = Prefetcher(begun.append, threads=1)
@@ -60,7 +60,7 @@ def test_prefetcher_is_ahead_of_the_reader(storage: Storage, tmp_path: Path) -> 
     start = time.monotonic()
     prefetcher.want(range(6))
     assert all(content(shards, *shard) == storage.files[shard[1].name] for shard in wanted)
-    assert time.monotonic() - start < 5 * 0.3  # they were downloaded side by side
+    assert time.monotonic() - start < 5 * 0.3  # The downloads ran at the same time.
     assert set(storage.gets.values()) == {1}
     prefetcher.close()
 
@@ -104,9 +104,7 @@ def test_closed_prefetcher_starts_nothing_and_its_threads_end() -> None:
 
 
 @pytest.mark.parametrize("close", [True, False])
-def test_running_download_does_not_hold_up_the_end_of_the_process(
-    storage: Storage, tmp_path: Path, close: bool
-) -> None:
+def test_running_download_does_not_delay_the_end_of_the_process(storage: Storage, tmp_path: Path, close: bool) -> None:
     url, record = storage.shard()
     storage.orders[record.name] = ["hold"]
     script = f"""

@@ -1,4 +1,4 @@
-"""Shards on disk, and what is refused about them."""
+"""Writing and opening shards, and the shards that are refused."""
 
 import json
 import multiprocessing
@@ -32,14 +32,14 @@ def pack(folder: Path, count: int = 20, per_shard: int = 8, codec: str = "png") 
 
 
 @pytest.mark.parametrize("codec", ["raw", "png", "webp"])
-def test_what_was_written_is_read(tmp_path: Path, codec: str) -> None:
+def test_written_samples_are_read_back(tmp_path: Path, codec: str) -> None:
     manifest = pack(tmp_path, codec=codec)
     shards = ShardSet.open(tmp_path, CLASSES, 8)
     assert [record.samples for record in manifest.shards] == shards.samples_per_shard.tolist() == [8, 8, 4]
     assert manifest.total == shards.num_samples == 20
     samples = samples_of(shards)
     assert sorted(samples) == [(number, number % CLASSES) for number in range(20)]
-    assert samples != sorted(samples)  # shuffled
+    assert samples != sorted(samples)  # The order is shuffled.
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
@@ -52,13 +52,13 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     assert Manifest.read(tmp_path / "a" / "manifest.json") == Manifest.read(tmp_path / "b" / "manifest.json")
 
 
-def test_the_index_on_disk_is_that_of_a_scan(tmp_path: Path) -> None:
+def test_the_index_on_disk_equals_that_of_a_scan(tmp_path: Path) -> None:
     pack(tmp_path)
     for path in tmp_path.glob("*.tar"):
         np.testing.assert_array_equal(np.load(path.with_suffix(".index.npy")), index_tar(path))
 
 
-def test_a_failed_write_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_shard_that_looks_complete(tmp_path: Path) -> None:
     images = list(numbered(20))
     images[7] = numbered(1, size=9)[0]
     with pytest.raises(DataError, match=r"image 7: has shape \(9, 9, 3\)"):
@@ -66,7 +66,7 @@ def test_a_failed_write_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_writing_refuses_input_that_does_not_fit(tmp_path: Path) -> None:
+def test_writing_refuses_unsuitable_input(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2 images and 1 labels"):
         write_shards(numbered(2), [0], tmp_path)
     with pytest.raises(DataError, match=r"image 1: label 2 is not in 0\.\.1"):
@@ -78,7 +78,7 @@ def test_writing_refuses_input_that_does_not_fit(tmp_path: Path) -> None:
         pack(tmp_path)
 
 
-# webdataset, both ways
+# Exchange with webdataset
 
 
 @pytest.mark.parametrize(("codec", "extension"), [("png", "png"), ("raw", "npy"), ("webp", "webp")])
@@ -101,7 +101,7 @@ def test_we_read_webdataset_shards(tmp_path: Path) -> None:
     assert samples_of(shards) == [(number, number % CLASSES) for number in range(16)]
 
 
-def test_dotted_keys_follow_webdataset(tmp_path: Path) -> None:
+def test_keys_with_dots_are_split_as_webdataset_does(tmp_path: Path) -> None:
     path = write_tar(
         tmp_path / "a.tar", ("x/a.b/k.JPEG", numbered_png()), ("x/a.b/k.cls", b"3\n"), (".hidden.png", numbered_png())
     )
@@ -113,7 +113,7 @@ def test_dotted_keys_follow_webdataset(tmp_path: Path) -> None:
 # Opening
 
 
-def test_patterns_name_the_same_shards(tmp_path: Path) -> None:
+def test_different_patterns_can_name_the_same_shards(tmp_path: Path) -> None:
     manifest = pack(tmp_path)
     opened = [
         ShardSet.open(pattern, CLASSES)
@@ -125,8 +125,8 @@ def test_patterns_name_the_same_shards(tmp_path: Path) -> None:
     assert ShardSet.open(tmp_path / "shard-000001.tar", CLASSES).manifest_hash != opened[0].manifest_hash
 
 
-def test_the_hash_says_what_the_shards_hold(tmp_path: Path) -> None:
-    """Equal names, counts and sizes, but other pixels or another order."""
+def test_the_hash_depends_on_the_content_of_the_shards(tmp_path: Path) -> None:
+    """The names, counts and sizes are equal, but pixels or order differ."""
     hashes = set()
     for number, image in enumerate([numbered(6), numbered(6) + 1]):
         for seed in (0, 1):
@@ -181,7 +181,7 @@ def test_shards_that_differ_from_the_manifest_are_refused(tmp_path: Path) -> Non
         ShardSet.open(tmp_path, 3)
 
 
-def test_an_index_that_does_not_fit_is_refused_and_a_lost_one_is_made_up_for(tmp_path: Path) -> None:
+def test_a_wrong_index_is_refused_and_a_lost_one_is_rebuilt(tmp_path: Path) -> None:
     pack(tmp_path)
     before = samples_of(ShardSet.open(tmp_path, CLASSES))
     path = tmp_path / "shard-000001.index.npy"
@@ -200,7 +200,7 @@ def test_an_index_that_does_not_fit_is_refused_and_a_lost_one_is_made_up_for(tmp
     assert samples_of(ShardSet.open(tmp_path, CLASSES)) == before
 
 
-def test_patterns_and_manifests_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+def test_invalid_patterns_and_manifests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tar shards here; correct data"):
         ShardSet.open(tmp_path, CLASSES)
     pack(tmp_path)
@@ -239,7 +239,8 @@ def test_shards_are_read_in_other_processes(tmp_path: Path, method: str) -> None
 def test_open_files_stay_below_the_limit_of_the_process(tmp_path: Path) -> None:
     pack(tmp_path, count=60, per_shard=1, codec="raw")
 
-    def opened() -> int:  # those of other tests may be closed meanwhile
+    # Files of other tests may be closed at the same time.
+    def opened() -> int:
         return sum(file.path.startswith(str(tmp_path)) for file in psutil.Process().open_files())
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -264,5 +265,5 @@ def test_fewer_classes_than_the_model_are_refused_unless_on_purpose(tmp_path: Pa
     with pytest.raises(DataError, match=f"the manifest says {CLASSES} classes, {remedy}"):
         open_training_shards(load_config(tmp_path / "own.yaml"))
     assert open_training_shards(load_config(tmp_path / "own.yaml", ["data.classes=subset"])).num_samples == 20
-    (tmp_path / "shards" / "manifest.json").unlink()  # tars alone do not say how many classes there are
+    (tmp_path / "shards" / "manifest.json").unlink()  # Tars alone do not state the number of classes.
     assert open_training_shards(load_config(tmp_path / "own.yaml")).num_samples == 20

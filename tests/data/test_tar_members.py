@@ -1,4 +1,4 @@
-"""Members of tars that are no plain images: links, sparse files, and files beside the images."""
+"""Members of tars that are not plain images: links, sparse files, and files next to the images."""
 
 import io
 import logging
@@ -21,7 +21,7 @@ from jitscale.preparation.survey import survey
 from jitscale.preparation.verification import verify
 from tests.support.pictures import number_of, numbered_png, samples_of, write_tar
 
-Member = tuple[str, bytes | str]  # a link to the name in text
+Member = tuple[str, bytes | str]  # name, and content; a text is the target of a link
 
 
 def with_links(path: Path, *members: Member, kind: bytes = tarfile.LNKTYPE) -> Path:
@@ -38,7 +38,7 @@ def with_links(path: Path, *members: Member, kind: bytes = tarfile.LNKTYPE) -> P
 
 
 def deduplicated(path: Path) -> Path:
-    """Numbers 1, 2, 1, 3, 1, where equal files are hard links, also to another link."""
+    """The images 1, 2, 1, 3, 1. Equal files are hard links, one of them to another link."""
     one, two, three = (numbered_png(8, number) for number in (1, 2, 3))
     members: list[Member] = [("a.png", one), ("a.cls", b"1"), ("b.png", two), ("b.cls", b"2"), ("c.png", "a.png")]
     members += [("c.cls", "a.cls"), ("d.png", three), ("d.cls", "b.cls"), ("e.png", "c.png"), ("e.cls", b"0")]
@@ -48,7 +48,7 @@ def deduplicated(path: Path) -> Path:
 EXPECTED = [(1, 1), (2, 2), (1, 1), (3, 2), (1, 0)]
 
 
-def test_links_stand_for_earlier_members(tmp_path: Path) -> None:
+def test_links_are_read_as_the_members_they_point_to(tmp_path: Path) -> None:
     deduplicated(tmp_path / "a.tar")
     assert samples_of(ShardSet.open(tmp_path, 3)) == EXPECTED
     found = survey(find_tars(str(tmp_path)), None, 1)
@@ -61,7 +61,7 @@ def test_links_stand_for_earlier_members(tmp_path: Path) -> None:
     assert inputs.table["label"].tolist() == [label for _, label in EXPECTED]
 
 
-def test_a_pass_in_tar_order_reads_links_too(tmp_path: Path) -> None:
+def test_a_pass_in_tar_order_reads_links(tmp_path: Path) -> None:
     deduplicated(tmp_path / "a.tar")
     shards = ShardSet.open(tmp_path, 3)
     for first in range(5):
@@ -69,15 +69,16 @@ def test_a_pass_in_tar_order_reads_links_too(tmp_path: Path) -> None:
         assert [number_of(image) for image in chain(*blocks)] == [number for number, _ in EXPECTED[first:]]
 
 
-def test_a_link_may_stand_for_a_member_that_is_not_called_an_image(tmp_path: Path) -> None:
-    """As of tools that keep files by a hash of their content; some of the images here are members of their own."""
+def test_a_link_may_point_to_a_member_without_an_image_name(tmp_path: Path) -> None:
+    """Some tools keep files under a hash of their content. Here some images are members of their own."""
     one, two, three, four = (numbered_png(8, number) for number in (1, 2, 3, 4))
-    long_name = 96 * "x" + ".png"  # only a part of it is in its header
+    long_name = 96 * "x" + ".png"  # Only a part of the name is in its header.
     members: list[Member] = [("store/1.bin", one), ("store/2", two), ("store/l", b"2"), ("a.png", "store/1.bin")]
     members += [("a.cls", "store/l"), ("b.png", three), ("b.cls", b"1"), ("c.png", "store/2"), ("c.cls", b"0")]
     members += [(long_name, four), (long_name.replace("png", "cls"), b"1")]
     expected = [(1, 2), (3, 1), (2, 0), (4, 1)]
-    for number, kept in enumerate([members, members[:1] + members[3:4] + members[5:6]]):  # the last are in order
+    # The second tar has its members in order.
+    for number, kept in enumerate([members, members[:1] + members[3:4] + members[5:6]]):
         folder = tmp_path / str(number)
         folder.mkdir()
         with_links(folder / "a.tar", *kept)
@@ -89,8 +90,11 @@ def test_a_link_may_stand_for_a_member_that_is_not_called_an_image(tmp_path: Pat
             assert [number_of(image) for image in chain(*blocks)] == [image for image, _ in here[first:]]
 
 
-def test_members_of_hidden_folders_are_no_samples(tmp_path: Path) -> None:
-    """git-annex keeps images in one, called as images; each must come once, by the link to it."""
+def test_members_of_hidden_folders_are_not_samples(tmp_path: Path) -> None:
+    """git-annex keeps the images in a hidden folder, with names of images.
+
+    Each image must be read once, through its link.
+    """
     one, two, three = (numbered_png(8, number) for number in (1, 2, 3))
     members: list[Member] = [("./.git/annex/1.png", one), ("./a.png", ".git/annex/1.png"), ("./b.png", two)]
     members += [(".git/annex/3.png", three), ("c.png", ".git/annex/3.png"), ("../d.png", one)]
@@ -109,14 +113,14 @@ def test_members_of_hidden_folders_are_no_samples(tmp_path: Path) -> None:
 
 
 def test_a_pass_in_tar_order_skips_hidden_folders(tmp_path: Path) -> None:
-    """Without a link among its images, it does not look at their offsets."""
+    """If no image is a link, the pass does not look at offsets."""
     members = [(f"{folder}{n}.png", numbered_png(8, n)) for n in range(4) for folder in ("", ".thumbnails/")]
     write_tar(tmp_path / "a.tar", *members)
     blocks = read_once(ShardSet.open(tmp_path, 0), range(4), 2, 0)
     assert [number_of(image) for image in chain(*blocks)] == [0, 1, 2, 3]
 
 
-def test_symbolic_links_start_at_their_folder(tmp_path: Path) -> None:
+def test_symbolic_links_are_relative_to_their_folder(tmp_path: Path) -> None:
     members = ("x/a.png", numbered_png(8, 1)), ("y/b.png", "../x/a.png"), ("y/c.png", "a.png"), ("y/d.png", "/dev/zero")
     scan = survey_tar(with_links(tmp_path / "a.tar", *members, kind=tarfile.SYMTYPE))
     assert [(sample.key, sample.offset) for sample in scan.samples] == [("x/a", 512), ("y/b", 512)]
@@ -139,14 +143,14 @@ def test_links_without_their_target_are_counted(tmp_path: Path, caplog: pytest.L
     assert find_sources([str(tmp_path / "a.tar")]).ignored == expected
 
 
-def test_a_label_that_links_to_nothing_is_refused(tmp_path: Path) -> None:
-    """An image without its label must not become one of no class, and a pass in tar order would meet it."""
+def test_a_label_with_a_dangling_link_is_refused(tmp_path: Path) -> None:
+    """The image must not become unlabelled, and a pass in tar order would fail at it later."""
     with_links(tmp_path / "a.tar", ("a.png", numbered_png(8, 1)), ("a.cls", "gone.cls"))
     with pytest.raises(DataError, match="byte 0: sample 'a' has a label that is a link without a target"):
         ShardSet.open(tmp_path, 3)
 
 
-def test_a_tar_of_links_alone_is_refused(tmp_path: Path) -> None:
+def test_a_tar_with_nothing_but_links_is_refused(tmp_path: Path) -> None:
     with_links(tmp_path / "a.tar", ("a.txt", b"pictures"), ("a.png", "store/1.bin"))
     with pytest.raises(DataError, match=r"no image in it, but \.png as a link without a target 1, "):
         find_sources([str(tmp_path / "a.tar")])
@@ -161,7 +165,7 @@ def test_links_in_a_tar_of_tars(tmp_path: Path) -> None:
 
 
 def sparse(path: Path, name: str) -> Path:
-    """As GNU tar -S writes it in pax format: a map, then the bytes that are no hole."""
+    """A file as GNU tar -S writes it in pax format: a map, then all bytes outside of holes."""
     info, data = tarfile.TarInfo(name), b"1\n600\n4\n".ljust(512, b"\0") + b"data"
     info.size = len(data)
     info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "604"}
@@ -171,12 +175,13 @@ def sparse(path: Path, name: str) -> Path:
 
 
 def old_sparse(path: Path, name: str) -> Path:
-    """As GNU tar -S writes it in its own format: the map is in the header."""
+    """A file as GNU tar -S writes it in its own format: the map is in the header."""
     info = tarfile.TarInfo(name)
     info.size, info.type = 4, tarfile.GNUTYPE_SPARSE
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    header[386:410] = b"%011o\0%011o\0" % (600, 4)  # where the bytes stand in the file, and how many
-    header[483:495] = b"%011o\0" % 604  # its real size
+    # the place of the bytes in the file, and their number
+    header[386:410] = b"%011o\0%011o\0" % (600, 4)
+    header[483:495] = b"%011o\0" % 604  # the real size
     header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
     path.write_bytes(bytes(header) + b"data".ljust(512, b"\0") + bytes(1024))
     return path
@@ -184,7 +189,7 @@ def old_sparse(path: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("write", [sparse, old_sparse])
 def test_sparse_members_are_refused(tmp_path: Path, write: object) -> None:
-    """Also in a tar of tars; one that is not read costs nothing."""
+    """This also holds in a tar of tars. A sparse member that is never read does no harm."""
     assert callable(write)
     write(tmp_path / "a.tar", "k.png")
     for read in (lambda: ShardSet.open(tmp_path / "a.tar", 0), lambda: find_sources([str(tmp_path / "a.tar")])):
@@ -242,7 +247,9 @@ def test_other_members_are_ignored_and_counted(tmp_path: Path) -> None:
         ([("train/cat/1.png", b""), ("train/dog/2.png", b""), ("val/3.png", b"")], "but images lie in 3 folders"),
     ],
 )
-def test_what_looks_like_labels_is_said(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
+def test_members_that_look_like_labels_are_reported(
+    tmp_path: Path, members: list[tuple[str, bytes]], message: str
+) -> None:
     write_tar(tmp_path / "a.tar", *members)
     with pytest.raises(DataError, match=message) as caught:
         find_sources([str(tmp_path / "a.tar")])
@@ -251,14 +258,14 @@ def test_what_looks_like_labels_is_said(tmp_path: Path, members: list[tuple[str,
     assert str(defect) == str(caught.value)
 
 
-def test_tables_that_say_nothing_of_the_images_are_ignored(tmp_path: Path) -> None:
+def test_tables_that_do_not_describe_the_images_are_ignored(tmp_path: Path) -> None:
     members = [("./k.png", b""), ("./data.csv", b"class,number\ncat,3\n"), ("./files.jsonl", b'{"image": "k.png"}\n')]
     members += [("./x/train.txt", b"k.png a cat"), ("./x/l.png", b"")]
     inputs = find_sources([str(write_tar(tmp_path / "a.tar", *members))])
     assert (len(inputs), inputs.ignored) == (2, {"csv": 1, "jsonl": 1, "txt": 1})
 
 
-def test_a_json_without_labels_is_a_caption(tmp_path: Path) -> None:
+def test_a_json_without_labels_is_taken_for_a_caption(tmp_path: Path) -> None:
     members = [("k.png", numbered_png()), ("k.json", b'{"caption": "x"}'), ("l.png", numbered_png()), ("l.json", b"[")]
     assert len(find_sources([str(write_tar(tmp_path / "a.tar", *members))])) == 2
     assert np.isin(ShardSet.open(tmp_path, 0).read(0, 1)[1], [0])

@@ -1,4 +1,4 @@
-"""Rank-asymmetric prediction: x- and v-prediction at its ends, and what lies between them."""
+"""Rank-asymmetric prediction: it equals x- and v-prediction at its two ends, and follows the formulas in between."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from jitscale.model.jit import JiT
 from tests.support.tiny import MODEL
 
 PATCH, NUMBERS = 2, 12
-TIMES = torch.tensor([0.0, 0.5, 0.95, 0.98])  # below, at and above where 1 / (1 - t) is clamped
+TIMES = torch.tensor([0.0, 0.5, 0.95, 0.98])  # below, at and above the time where 1 / (1 - t) is clamped
 ENDS = [(0, "x"), (NUMBERS, "v")]
 
 
@@ -23,7 +23,7 @@ def orthonormal(numbers: int, rank: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def draws(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """Prediction, x, e, z of four images of 4 pixels a side."""
+    """The prediction, x, e and z of four images of 4 pixels a side."""
     generator = torch.Generator().manual_seed(0)
     output, x, e = torch.randn(3, 4, 3, 4, 4, generator=generator, dtype=dtype)
     return output, x, e, interpolate(x, e, TIMES.to(dtype))
@@ -42,13 +42,14 @@ def test_the_ends_of_the_ranks_are_x_and_v_prediction(rank: int, plain: str, los
     for one, other in zip(
         to_spaces(output, z, TIMES, "asym", 0.05, subspace), to_spaces(output, z, TIMES, plain, 0.05), strict=True
     ):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=3e-5 if basis == "turned" else 1e-6)  # over 0.05
+        # Values are divided by 0.05.
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=3e-5 if basis == "turned" else 1e-6)
 
 
 @pytest.mark.parametrize(("method", "steps"), [("heun", 50), ("euler", 20), ("2m", 20), ("ab2", 20)])
 @pytest.mark.parametrize(("rank", "plain"), [(0, "x"), (48, "v")])
 def test_a_network_at_the_ends_samples_as_one_of_x_or_v(rank: int, plain: str, method: str, steps: int) -> None:
-    """With guidance, and with times above 0.95, where the clamp acts."""
+    """This holds with guidance, and with times above 0.95, where the clamp acts."""
     asym = JiT(MODEL, DiffusionConfig(prediction="asym", rank=rank)).eval()
     for parameter in asym.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -75,8 +76,11 @@ def test_a_perfect_prediction_has_no_loss(loss: str) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5, NUMBERS])
-def test_the_three_spaces_between_the_ends(rank: int) -> None:
-    """Against the formulas, with whole matrices for both projections; a perfect prediction recovers x, e and v."""
+def test_the_three_spaces_between_both_ends_follow_the_formulas(rank: int) -> None:
+    """The reference uses the formulas with whole matrices for both projections.
+
+    A perfect prediction recovers x, e and v.
+    """
     output, x, e, z = draws(torch.float64)
     subspace = orthonormal(NUMBERS, rank, torch.float64)
     inner = subspace @ subspace.T
@@ -92,12 +96,12 @@ def test_the_three_spaces_between_the_ends(rank: int) -> None:
     found = to_spaces(output, z, TIMES.double(), "asym", 0.05, subspace)
     for name, values in expected.items():
         torch.testing.assert_close(patches_of(getattr(found, name), PATCH), values, rtol=0, atol=1e-12)
-    spaces = to_spaces(x - project(e, subspace), z, TIMES.double(), "asym", 0.01, subspace)  # no clamp acts
+    spaces = to_spaces(x - project(e, subspace), z, TIMES.double(), "asym", 0.01, subspace)  # No clamp acts here.
     for name, values in {"x": x, "e": e, "v": x - e}.items():
         torch.testing.assert_close(getattr(spaces, name), values, rtol=0, atol=1e-12)
 
 
-def test_a_projection_is_that_of_each_patch_in_the_order_row_column_channel() -> None:
+def test_a_projection_acts_on_each_patch_in_the_order_row_column_channel() -> None:
     images = torch.randn(2, 3, 4, 6, dtype=torch.float64)
     subspace = orthonormal(NUMBERS, 4, torch.float64)
     matrix, expected = (subspace @ subspace.T).numpy(), np.zeros((2, 3, 4, 6))
@@ -125,7 +129,7 @@ def test_a_projection_under_autocast_stays_in_float32() -> None:
 
 
 def test_a_sampler_takes_the_subspace_of_its_network_and_of_its_guide() -> None:
-    """One Euler step from the noise: z + v', with each network's own subspace."""
+    """One Euler step from the noise gives z + v', with each network's own subspace."""
     diffusion = DiffusionConfig(prediction="asym", rank=7)
     networks = [JiT(MODEL, diffusion, orthonormal(48, 48)[:, own]).eval() for own in (slice(7), slice(20, 27))]
     for network in networks:
@@ -135,7 +139,7 @@ def test_a_sampler_takes_the_subspace_of_its_network_and_of_its_guide() -> None:
     for network in networks:
         assert network.subspace is not None
         output = network(noise, torch.zeros(2), labels)
-        velocities.append(output + (project(noise, network.subspace) - noise))  # 1 - t = 1
+        velocities.append(output + (project(noise, network.subspace) - noise))  # 1 - t = 1 here.
     sampler = Sampler("euler", 1, 2.0, (0.0, 1.0), prediction="asym")
     found = sample_images(networks[0], sampler, noise, labels, networks[1])
     expected = noise + velocities[1] + 2.0 * (velocities[0] - velocities[1])

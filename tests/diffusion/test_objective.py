@@ -17,7 +17,7 @@ def draw() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 3, 4, 4, generator=generator, dtype=torch.float64)
     e = 2.0 * torch.randn(6, 3, 4, 4, generator=generator, dtype=torch.float64)
-    t = torch.tensor([0.06, 0.2, 0.5, 0.7, 0.9, 0.94], dtype=torch.float64)  # inside the clamps
+    t = torch.tensor([0.06, 0.2, 0.5, 0.7, 0.9, 0.94], dtype=torch.float64)  # All times are inside the clamps.
     return x, e, t, interpolate(x, e, t)
 
 
@@ -41,7 +41,7 @@ def test_a_perfect_network_has_no_loss_even_where_denominators_are_clamped(predi
 
 @pytest.mark.parametrize(("prediction", "loss"), PAIRS)
 def test_loss_weights_of_the_nine_pairs(draw: tuple[torch.Tensor, ...], prediction: str, loss: str) -> None:
-    """An error d of the prediction costs (w d)^2, w being the derivative of the loss space by the prediction."""
+    """An error d of the prediction costs (w d)^2, where w is the derivative of the loss space by the prediction."""
     x, e, t, z = draw
     error = 0.1 * torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     weight = {
@@ -53,7 +53,7 @@ def test_loss_weights_of_the_nine_pairs(draw: tuple[torch.Tensor, ...], predicti
     perfect = {"x": x, "e": e, "v": x - e}[prediction]
     found = sample_loss(perfect + error, x, e, z, t, config)
     expected = weight.square() * error.square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)  # the prediction is float32 there
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)  # The prediction is float32 there.
 
 
 @pytest.mark.parametrize("loss", "xev")
@@ -74,7 +74,7 @@ def test_denominators_are_clamped() -> None:
     torch.testing.assert_close(x, torch.full_like(x, 1 / 0.05))
 
 
-def test_times_are_logit_normal() -> None:
+def test_times_have_a_logit_normal_distribution() -> None:
     t = times_from_normal(torch.tensor([0.0, 1.0]), DiffusionConfig(mu=-0.8, sigma=0.8))
     torch.testing.assert_close(t, torch.tensor([-0.8, 0.0]).sigmoid())
 
@@ -82,9 +82,9 @@ def test_times_are_logit_normal() -> None:
 @pytest.mark.parametrize("method", ["euler", "heun"])
 @pytest.mark.parametrize("prediction", "xv")
 def test_a_straight_flow_is_followed_exactly(method: str, prediction: str) -> None:
-    """Where the network knows one image x, every trajectory is the line from its noise to x.
+    """If the network knows one image x, every trajectory is the straight line from its noise to x.
 
-    Not so with e-prediction: at t = 0 it knows nothing of x, and its first step is lost.
+    This does not hold for e-prediction: at t = 0 it knows nothing about x, so the first step is lost.
     """
     x = torch.full((2, 3, 2, 2), 0.3)
     noise = torch.randn(2, 3, 2, 2)
@@ -98,7 +98,7 @@ def test_a_straight_flow_is_followed_exactly(method: str, prediction: str) -> No
 
 
 def test_heun_is_second_order() -> None:
-    """dz/dt = z, so z(1) = e z(0): halving the step divides Euler's error by 2 and Heun's by 4 (nearly)."""
+    """dz/dt = z gives z(1) = e z(0). Half the step divides Euler's error by about 2, and Heun's by about 4."""
 
     def network(z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return z
@@ -114,18 +114,21 @@ def test_heun_is_second_order() -> None:
 
 
 def test_the_interval_is_compared_in_float32() -> None:
-    """As the authors' code does: 0.1 of ten steps is not above 0.1, though it is as a double."""
+    """The authors' code does the same: in ten steps, 0.1 is not above 0.1, although it is as a double."""
     sampler = Sampler("heun", 10, 3.0, (0.1, 0.7))
     grid = torch.linspace(0.0, 1.0, 11)
     assert [t.item() for t in grid if sampler.guides_at(t.item())] == grid[(grid > 0.1) & (grid < 0.7)].tolist()
     assert sampler.guides_at(grid[2].item())
     assert not sampler.guides_at(grid[1].item())
-    assert sampler.steps_before_guidance() == 1, "the second step ends inside"
+    assert sampler.steps_before_guidance() == 1, "the second step ends inside the interval"
 
 
 @pytest.mark.parametrize(("interval", "guided"), [((0.1, 1.0), [0.2, 0.4, 0.6, 0.8]), ((0.0, 0.5), [0.0, 0.2, 0.4])])
-def test_guidance_only_inside_its_interval(interval: tuple[float, float], guided: list[float]) -> None:
-    """The network sees two batches where guidance acts, one elsewhere, and no unconditional image without guidance."""
+def test_guidance_acts_only_inside_its_interval(interval: tuple[float, float], guided: list[float]) -> None:
+    """The network sees two batches if guidance acts, otherwise one.
+
+    It sees no unconditional image if guidance is off.
+    """
     seen: list[tuple[float, list[int]]] = []
 
     def network(z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -140,11 +143,11 @@ def test_guidance_only_inside_its_interval(interval: tuple[float, float], guided
     assert all(y in ([1, 2], [1, 2, 10, 10]) for _, y in seen)
     seen.clear()
     Sampler("heun", 5, 1.0, interval).sample(network, noise, labels, 10)
-    assert len(seen) == 9  # 4 Heun steps of two evaluations, one Euler step
+    assert len(seen) == 9  # 4 Heun steps have two evaluations each, the Euler step one.
     assert all(y == [1, 2] for _, y in seen)
 
 
-def test_state_stays_float32() -> None:
+def test_the_sampler_keeps_its_state_in_float32() -> None:
     def network(z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert z.dtype == torch.float32
         return z.bfloat16()

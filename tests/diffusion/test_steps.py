@@ -1,4 +1,4 @@
-"""Steps of the samplers: their order of convergence on a field in closed form, their formulas, the grid of times."""
+"""Steps of the samplers: their order of convergence on a closed-form field, their formulas, and the grid of times."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ SHIFTS = [1.0, 2.0, 0.5]
 
 
 def field(t_eps: float) -> Velocity:
-    """The velocity of x-prediction by a network that knows the data: a Gaussian around each of the three points."""
+    """The velocity of x-prediction by a network that knows the data: one Gaussian around each of the three points."""
 
     def velocity(z: Tensor, t: float) -> Tensor:
         variance = (t * SPREAD) ** 2 + (1 - t) ** 2
@@ -39,7 +39,7 @@ def carried(method: str, grid: list[float], velocity: Velocity) -> Tensor:
 
 
 def exact(low: float, high: float, velocity: Velocity) -> Tensor:
-    """By Runge and Kutta's method of fourth order."""
+    """The reference solution, by the Runge-Kutta method of fourth order."""
     z, h = NOISE, (high - low) / 2000
     for index in range(2000):
         t = low + index * h
@@ -51,7 +51,7 @@ def exact(low: float, high: float, velocity: Velocity) -> Tensor:
 
 
 def gains(method: str, shift: float, low: float, high: float, t_eps: float) -> list[float]:
-    """By what the error is divided when 40, 80, 160, 320 steps become twice as many."""
+    """The factor by which the error falls if the number of steps (40, 80, 160, 320) is doubled."""
     velocity, errors = field(t_eps), []
     end = exact(low, high, velocity)
     for steps in (40, 80, 160, 320, 640):
@@ -63,23 +63,23 @@ def gains(method: str, shift: float, low: float, high: float, t_eps: float) -> l
 
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("method", ["heun", "2m", "ab2"])
-def test_second_order_where_the_field_is_smooth(method: str, shift: float) -> None:
-    """Where no denominator is clamped, also on a grid whose steps differ; Euler's method is of first order."""
+def test_second_order_on_a_smooth_field(method: str, shift: float) -> None:
+    """No denominator is clamped. The grid has uniform or varying steps. Euler's method is of first order."""
     assert min(gains(method, shift, 0.1, 0.9, 1e-9)[1:]) >= 3.7
     assert max(gains("euler", shift, 0.1, 0.9, 1e-9)[1:]) <= 2.1
 
 
 @pytest.mark.parametrize(("method", "least", "most"), [("heun", 3.7, 4.3), ("ab2", 3.7, 4.3), ("2m", 2.9, 3.4)])
 def test_the_clamp_costs_2m_half_an_order(method: str, least: float, most: float) -> None:
-    """From pure noise to t = 1, with t_eps = 0.05, as images are sampled: 2m's error falls 3.1 times, not 4 times.
+    """Sampling goes from pure noise to t = 1 with t_eps = 0.05: 2m's error falls 3.1 times, not 4 times.
 
-    Its steps follow 1 / (1 - t) beyond the clamp, where the field no longer does, and its last one is of first order.
+    Its steps follow 1 / (1 - t) beyond the clamp, but the field no longer does. Its last step is of first order.
     """
     assert all(least <= gain <= most for gain in gains(method, 1.0, 0.0, 1.0, 0.05)[1:])
 
 
 def test_an_euler_step_is_the_exponential_step() -> None:
-    """z' = x + (1 - t') / (1 - t) (z - x), with x = z + (1 - t) v: exact where x is constant."""
+    """z' = x + (1 - t') / (1 - t) (z - x), with x = z + (1 - t) v: the step is exact if x is constant."""
     velocity = field(0.05)
     v = velocity(NOISE, 0.3)
     x = NOISE + 0.7 * v
@@ -88,7 +88,7 @@ def test_an_euler_step_is_the_exponential_step() -> None:
 
 
 def test_2m_extrapolates_the_image_in_the_log_ratio() -> None:
-    """As DPM-Solver++ writes it (algorithm 2), in the middle; without a correction in the first two and last steps."""
+    """The middle steps equal DPM-Solver++ (algorithm 2). The first two steps and the last one have no correction."""
     velocity, grid = field(0.05), [0.0, 0.1, 0.3, 0.6, 1.0]
 
     def log_ratio(t: float) -> float:
@@ -110,7 +110,7 @@ def test_2m_extrapolates_the_image_in_the_log_ratio() -> None:
 
 
 def test_ab2_is_exact_where_the_velocity_is_linear_in_time() -> None:
-    """Steps of any lengths, as soon as there is a history."""
+    """This holds for steps of any length, as soon as there is a history."""
     grid = [0.1, 0.25, 0.3, 0.7, 1.0]
 
     def velocity(z: Tensor, t: float) -> Tensor:
@@ -122,26 +122,28 @@ def test_ab2_is_exact_where_the_velocity_is_linear_in_time() -> None:
     assert float(state.z) == pytest.approx(3 * 0.75 - 2 * (1 - 0.25**2), abs=1e-6)
 
 
-def test_times_are_those_of_before_or_shifted() -> None:
+def test_times_are_uniform_or_shifted() -> None:
     for steps in (1, 3, 10, 50, 999):
-        assert times(steps) == times(steps, 1.0) == torch.linspace(0.0, 1.0, steps + 1).tolist(), "bit by bit"
+        assert times(steps) == times(steps, 1.0) == torch.linspace(0.0, 1.0, steps + 1).tolist(), (
+            "the times are bit-equal"
+        )
     assert times(2, 2.0) == [0.0, pytest.approx(1 / 3), 1.0]
     for shift in (LEAST_SHIFT, 0.5, 2.0, MOST_SHIFT):
         grid = times(1000, shift)
         assert (grid[0], grid[-1]) == (0.0, 1.0)
         assert all(t < t_next for t, t_next in pairwise(grid))
-        assert torch.tensor(grid).tolist() == grid, "a network sees the time that the step is computed with"
+        assert torch.tensor(grid).tolist() == grid, "the network gets the same time that the step uses"
 
 
 def test_a_shifted_time_on_an_intervals_edge_lies_outside() -> None:
-    """As on a uniform grid: of 11 steps shifted by 2, the third begins at 0.1, up to float32."""
+    """The uniform grid behaves the same way. Of 11 steps shifted by 2, the third begins at 0.1, up to float32."""
     sampler = Sampler("euler", 11, 3.0, (0.1, 1.0), time_shift=2.0)
     assert times(11, 2.0)[2] == pytest.approx(0.1, abs=1e-8)
     assert sampler.steps_before_guidance() == 3
 
 
 @pytest.mark.parametrize("shift", [LEAST_SHIFT, MOST_SHIFT])
-def test_the_finest_grid_rises(shift: float) -> None:
+def test_the_finest_grid_rises_strictly(shift: float) -> None:
     """Multistep methods divide by the length of a step."""
     assert all(t < t_next for t, t_next in pairwise(times(MOST_STEPS, shift)))
 
@@ -158,7 +160,7 @@ def test_the_finest_grid_rises(shift: float) -> None:
         ({"internal_guidance": math.nan}, "internal_guidance: must be finite"),
     ],
 )
-def test_impossible_samplers(change: dict[str, object], message: str) -> None:
+def test_impossible_samplers_are_refused(change: dict[str, object], message: str) -> None:
     build: Callable[..., Sampler] = Sampler
     with pytest.raises(ValueError, match=message):
         build(**change)

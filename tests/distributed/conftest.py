@@ -1,4 +1,4 @@
-"""Fixtures of several files: evaluations."""
+"""Fixtures that several files share: evaluations."""
 
 from typing import Any
 

@@ -12,7 +12,7 @@ from jitscale.checkpoints.format import Checkpoint
 from tests.support.runs import BATCH, STEPS, Job, losses, same_state
 from tests.support.tools import run_tool
 
-# Without dropout, which is drawn by rank. Class tokens enter inside the route, and the middle layer lies in it too.
+# Dropout is off, because it is drawn by rank. Class tokens enter inside the route, and the middle layer lies inside it.
 ALL_FOUR = (
     *("model.depth=5", "model.in_context_start=2", "model.attn_dropout=0", "model.proj_dropout=0"),
     *("diffusion.prediction=asym", "diffusion.rank=5"),
@@ -43,7 +43,7 @@ def test_both_losses_are_recorded(unbroken: list[dict[str, Any]]) -> None:
     assert all(0 < line["middle_loss"] < 10 for line in unbroken if "loss" in line)
 
 
-def test_a_resume_in_the_middle_is_the_unbroken_run(job: Job, unbroken: list[dict[str, Any]]) -> None:
+def test_a_resume_in_the_middle_equals_the_unbroken_run(job: Job, unbroken: list[dict[str, Any]]) -> None:
     job.copy("unbroken", "resumed", steps=HALF)
     (job.folder / "resumed/result.json").unlink()
     resumed = job.train("resumed", *ALL_FOUR, *MEASURED)
@@ -73,7 +73,7 @@ def test_a_resume_in_another_world_and_stage(
     if "evaluation.at_end=true" in more:
         ends = [json.loads((job.folder / run / "result.json").read_text())["fid"] for run in ("unbroken", name)]
         assert ends[1] == pytest.approx(ends[0], rel=1e-3)
-    # The subspace is no weight: every set holds it, and nothing has changed it.
+    # The subspace is not trained: every set holds it, and nothing may change it.
     before, after = Checkpoint(last(job, "unbroken")), Checkpoint(last(job, name))
     for weights in after.weight_sets:
         assert torch.equal(after.tensor(weights, "subspace"), before.tensor("model", "subspace"))
@@ -95,8 +95,8 @@ def test_post_hoc_averages_have_both_layers_and_the_subspace(job: Job) -> None:
     assert images.isfinite().all()
 
 
-def test_tokens_are_routed_until_the_configured_image(job: Job, unbroken: list[dict[str, Any]]) -> None:
-    """From there on, the run is one that has never heard of routing."""
+def test_routing_ends_at_the_configured_image(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    """After that image, the run behaves like a run without routing."""
     job.copy("unbroken", "unrouted", steps=20)
     unrouted = job.train("unrouted", *ALL_FOUR, "model.route_share=0")
     assert losses(unrouted) == losses(unbroken)

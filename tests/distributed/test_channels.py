@@ -1,4 +1,4 @@
-"""Grey images, one channel from the shards to the exports: with asym and a middle output layer, in real processes."""
+"""Grey images keep one channel from the shards to the exports, with asym and a middle layer, in real processes."""
 
 import json
 import re
@@ -58,8 +58,8 @@ def test_a_run_of_one_channel(run: Path) -> None:
         assert (picture.mode, picture.size) == ("L", (8 * 18, 10 * 18))
 
 
-def test_its_evaluation_knows_the_statistics_of_grey_images(job: Job, run: Path) -> None:
-    """Under another key than those of the same shards read as RGB, which is the one of before."""
+def test_grey_images_have_statistics_of_their_own(job: Job, run: Path) -> None:
+    """Their statistics have a key of their own. The key of the same shards read as RGB is the same as before."""
     result = json.loads((run / "result.json").read_text())
     assert result["fid"] > 0
     assert result["reference"]["channels"] == 1
@@ -76,13 +76,13 @@ def test_a_resume_in_stage_3(job: Job, run: Path) -> None:
     )
 
 
-def test_a_resume_is_the_unbroken_run(job: Job, run: Path) -> None:
+def test_a_resume_equals_the_unbroken_run(job: Job, run: Path) -> None:
     job.copy("run", "again", steps=HALF)
     job.train("again", *GREY, "engine.zero_stage=2", "evaluation.at_end=false")
     assert same_state(last(job.folder / "again").path, last(run).path)
 
 
-def test_weights_of_other_channels_are_another_network(job: Job, run: Path) -> None:
+def test_weights_with_other_channels_are_refused(job: Job, run: Path) -> None:
     colour = load_config(job.folder / "config.yaml")
     colour.evaluation = EvaluationConfig(guide=str(run))
     with pytest.raises(ConfigError, match=r"cannot guide this network .*model.in_channels: 1 there, 3 here"):
@@ -95,14 +95,16 @@ def test_weights_of_other_channels_are_another_network(job: Job, run: Path) -> N
 
 @pytest.mark.parametrize("mode", ["patch", "tokens"])
 def test_an_upgrade(job: Job, run: Path, mode: str) -> None:
-    """The tool compares the two functions itself."""
+    """The tool itself compares both functions."""
     resized = ["model.patch_size=8"] if mode == "patch" else ["model.position_grid=4"]
     where = ["--checkpoint", run, "--to", job.folder / "config.yaml", "--output", job.folder / mode]
     preview = job.folder / f"{mode}.png"
     settings = [*GREY, *resized, "model.image_size=32", "diffusion.noise_scale=2.0"]
     done = run_tool("upgrade_resolution", *where, "--mode", mode, "--preview", preview, *settings)
     assert done.code == 0, done.err
-    assert done.out.rstrip().endswith(" ".join([f"run.dir={job.folder / mode}", *settings])), "the command as it works"
+    assert done.out.rstrip().endswith(" ".join([f"run.dir={job.folder / mode}", *settings])), (
+        "the tool prints the complete command"
+    )
     checks = re.findall(r"self-check of \S+: (.*)", done.out)
     if mode == "patch":
         parts = ("patch embedding", "output layer", "middle output layer", "subspace", "whole network")
@@ -117,7 +119,7 @@ def test_an_upgrade(job: Job, run: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["safetensors", "huggingface"])
-def test_exports_are_read_again(job: Job, run: Path, form: str) -> None:
+def test_exports_can_be_read_again(job: Job, run: Path, form: str) -> None:
     output, weights = job.folder / form, ["--weights", "ema_0.9"]
     done = run_tool("convert_checkpoint", "--checkpoint", run, "--to", form, "--output", output, *weights)
     assert done.code == 0, done.err
@@ -132,7 +134,7 @@ def test_exports_are_read_again(job: Job, run: Path, form: str) -> None:
     assert first.tobytes() == ((images[0].clamp(-1, 1) + 1) * 127.5).round().byte().numpy().tobytes()
 
 
-def test_the_authors_have_no_grey_networks(job: Job, run: Path) -> None:
+def test_the_authors_format_refuses_grey_networks(job: Job, run: Path) -> None:
     output = job.folder / "checkpoint-last.pth"
     averages = ["--ema1", "ema_0.9", "--ema2", "ema_0.99"]
     done = run_tool("convert_checkpoint", "--checkpoint", run, "--to", "authors", "--output", output, *averages)
@@ -142,7 +144,7 @@ def test_the_authors_have_no_grey_networks(job: Job, run: Path) -> None:
     assert not output.exists()
 
 
-def test_pictures_of_single_images(job: Job, run: Path) -> None:
+def test_single_grey_images_are_saved(job: Job, run: Path) -> None:
     folder = job.folder / "samples"
     classes = ["--classes", 1, 2, "--per-class", 2, "--steps", 2, "--device", "cpu"]
     done = run_tool("sample", "--checkpoint", run, "--output", folder, *classes)

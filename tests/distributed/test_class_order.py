@@ -1,6 +1,6 @@
-"""A run knows the names of its classes; data that number them otherwise are refused, wherever they come in.
+"""A run stores the names of its classes. Data that number them differently are refused by every command.
 
-The tars are the same under every order: the names lie in the manifest alone, as of tars that were only indexed.
+The tars are the same under every order: only the manifest holds the names, as for tars that were only indexed.
 """
 
 import json
@@ -35,7 +35,7 @@ DIFFERENCE = "class 3 is 'four' here and 'three' in {}"
 
 
 class Runs:
-    """Runs on digits, of which one is trained."""
+    """Runs on digits. One of them is trained."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.run = folder, folder / "run"
@@ -46,7 +46,7 @@ class Runs:
         self.train(f"run.dir={self.run}")
 
     def renamed(self, name: str, names: list[str] | None) -> None:
-        """The same tars, whose manifest names the classes otherwise."""
+        """The same tars, with a manifest that orders the class names differently."""
         shutil.copytree(self.folder / "shards", self.folder / name)
         path = self.folder / name / MANIFEST
         path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": names}))
@@ -74,7 +74,7 @@ def test_a_checkpoint_holds_the_names(runs: Runs) -> None:
 
 
 def test_a_resume_on_data_of_another_order_is_refused(runs: Runs) -> None:
-    """Also of the same tars, and where new shards are accepted."""
+    """The same tars are refused too, also if new shards are accepted."""
     images = np.zeros((16, 16, 16, 3), np.uint8)
     write_shards(images, np.arange(16) % 10, runs.folder / "new", class_names=SWAPPED)
     checkpoint = newest(runs.run).path
@@ -86,7 +86,7 @@ def test_a_resume_on_data_of_another_order_is_refused(runs: Runs) -> None:
     assert newest(runs.run).path == checkpoint
 
 
-def test_names_stay_known_where_later_shards_have_none(runs: Runs) -> None:
+def test_names_stay_known_if_later_shards_have_none(runs: Runs) -> None:
     runs.renamed("unnamed", None)
     shutil.copytree(runs.run, runs.folder / "longer")
     runs.train(f"run.dir={runs.folder / 'longer'}", "run.max_steps=2", shards="unnamed")
@@ -110,13 +110,13 @@ def test_a_run_does_not_begin_with_a_reference_of_another_order(runs: Runs) -> N
     assert not (runs.folder / "refused" / "config.yaml").exists()
 
 
-def test_weights_of_other_classes_may_begin_a_run_and_it_is_said(runs: Runs) -> None:
+def test_a_run_may_start_from_weights_of_other_classes_with_a_warning(runs: Runs) -> None:
     said = runs.train(f"run.dir={runs.folder / 'tuned'}", f"run.init_from={runs.run}", shards="swapped")
     assert "class 3 is 'three' here and 'four' in data.shards" in said
     assert newest(runs.folder / "tuned").class_names == SWAPPED
 
 
-def test_a_run_made_of_a_run_keeps_the_names(runs: Runs, tmp_path: Path) -> None:
+def test_a_converted_run_keeps_the_names(runs: Runs, tmp_path: Path) -> None:
     command = ["--checkpoint", str(runs.run), "--to", "run", "--output", str(tmp_path / "copy")]
     assert convert([*command, "--config", str(runs.run / "config.yaml")]) == 0
     assert newest(tmp_path / "copy").class_names == NAMES
@@ -136,7 +136,7 @@ def test_images_by_name_need_no_shards(runs: Runs, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("others", [None, ["a", "b"], ["a", "b", "c", "d"]])
-def test_numbers_that_both_name_are_compared(others: list[str] | None) -> None:
+def test_only_classes_that_both_sides_name_are_compared(others: list[str] | None) -> None:
     refuse_other_classes("here", ["a", "b", "c"], "there", others, "remedy")
     refuse_other_classes("here", others, "there", ["a", "b", "c"], "remedy")
     with pytest.raises(DataError, match=r"^here: class 1 is 'x' here and 'b' in there; remedy$"):

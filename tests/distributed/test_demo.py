@@ -1,4 +1,4 @@
-"""The demo in miniature: every stage and every file, not its quality."""
+"""The demo in miniature: all of its stages and files. Its quality is not tested."""
 
 import json
 import subprocess
@@ -30,12 +30,12 @@ def run(output: Path) -> str:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Its folder, and what it printed."""
+    """The demo's folder and its output."""
     folder = tmp_path_factory.mktemp("demo")
     return folder, run(folder)
 
 
-def test_the_whole_path(demo: tuple[Path, str]) -> None:
+def test_the_demo_runs_to_its_end(demo: tuple[Path, str]) -> None:
     output, said = demo
     assert "img/s" in said
     for name, size in (("32px", 32), ("64px", 64)):
@@ -51,7 +51,7 @@ def test_the_whole_path(demo: tuple[Path, str]) -> None:
     assert Image.open(output / "samples.png").width > 800
     assert Image.open(output / "loss.png").width > 400
 
-    # The upgraded run began with the moments of all but the resized parameters.
+    # The upgraded run kept all moments except those of the resized parameters.
     high = Checkpoint(complete_checkpoints(output / "64px")[-1])
     assert high.progress.optimizer_step == 4 + 2
     assert high.progress.images == 256

@@ -1,4 +1,4 @@
-"""Ranks that share the sampling compute in the same way, or none of them samples."""
+"""Ranks that share the sampling use the same kernel; otherwise no rank samples."""
 
 import json
 
@@ -15,9 +15,9 @@ from tests.support.processes import PROGRAMS, run_ranks
     ],
 )
 def test_every_rank_refuses_to_sample_with_another_kernel(other: str, message: str) -> None:
-    """Also where only one rank has no such kernel: none waits for it."""
+    """This includes the case that only one rank lacks the kernel. No rank waits for it."""
     said = run_ranks(2, str(PROGRAMS / "differing_kernels.py"), "sdpa", other, timeout=120)
     first, second = json.loads(said.splitlines()[-1])
     assert first == second
-    assert len(first) == 2, "alone, and as a measurement in training"
+    assert len(first) == 2, "one line from sampling alone, one from a measurement in training"
     assert all(text.startswith(message) for text in first)

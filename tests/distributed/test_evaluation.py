@@ -1,4 +1,4 @@
-"""`python -m jitscale.evaluate` in real processes: the result does not depend on how many there are."""
+"""`python -m jitscale.evaluate` in real processes: the result does not depend on the number of processes."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def assert_same_features(evaluation: Evaluation, first: str, second: str) -> Non
         assert all(np.array_equal(x[key], y[key]) for key in x.files), name
 
 
-def test_the_result_says_how_it_was_made(alone: dict[str, Any]) -> None:
+def test_the_result_records_its_protocol(alone: dict[str, Any]) -> None:
     assert alone["num_images"] == 70
     assert alone["num_real_images"] == 200
     assert alone["fid"] > 3 * alone["fid_floor"] > 0
@@ -49,17 +49,20 @@ def test_the_result_says_how_it_was_made(alone: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_any_number_of_ranks_gives_the_same_features(
+def test_features_do_not_depend_on_the_number_of_ranks(
     evaluation: Evaluation, alone: dict[str, Any], world_size: int
 ) -> None:
-    """Bitwise, and the last block is not full."""
+    """The features are bit-equal. The last block is not full."""
     assert evaluation.run(f"world_{world_size}", world_size=world_size) == alone
     assert len(evaluation.blocks("alone")) == 9
     assert_same_features(evaluation, "alone", f"world_{world_size}")
 
 
 def test_internal_guidance_with_a_multistep_sampler(evaluation: Evaluation) -> None:
-    """A sweep of it and of guidance: bitwise the same on two ranks, though points share steps and their history."""
+    """A sweep over it and over classifier-free guidance.
+
+    Two ranks get bit-equal results, although points share steps and their history.
+    """
     torch.manual_seed(0)
     network = JiT(replace(MODEL, depth=3, middle_head=1))
     for parameter in network.parameters():
@@ -81,8 +84,11 @@ def test_internal_guidance_with_a_multistep_sampler(evaluation: Evaluation) -> N
     assert len({row["fid"] for row in table}) == 4
 
 
-def test_statistics_made_once_stand_for_the_images(evaluation: Evaluation, alone: dict[str, Any]) -> None:
-    """Made by two ranks, used by one; also a file with mu and sigma only; of another network they are refused."""
+def test_stored_statistics_replace_the_images(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+    """Two ranks make the statistics, one rank uses them.
+
+    A file with only mu and sigma works too. Statistics of another network are refused.
+    """
     path = evaluation.folder / "real.npz"
     shards = f"evaluation.reference={evaluation.folder / 'shards'}"
     command = ["tools/make_reference.py", "--config", str(evaluation.folder / "config.yaml"), "--output", str(path)]
@@ -125,7 +131,7 @@ def test_statistics_made_once_stand_for_the_images(evaluation: Evaluation, alone
 
 
 def test_further_networks_see_the_same_images(evaluation: Evaluation, alone: dict[str, Any]) -> None:
-    """Beside the main one, whose numbers do not change; against images and against their statistics."""
+    """The numbers of the main network do not change. The reference is images or their statistics."""
     more = "evaluation.more_features=[glyphs]"
     result = evaluation.run("further", more, world_size=2)
     assert {key: result[key] for key in ("fid", "kid", "inception_score")} == {
@@ -148,7 +154,7 @@ def test_further_networks_see_the_same_images(evaluation: Evaluation, alone: dic
 def test_images_that_are_not_finite_are_named(evaluation: Evaluation) -> None:
     weights = torch.load(CHECKPOINT, weights_only=False)
     for key in ("model", "model_ema1", "model_ema2"):
-        weights[key]["net.y_embedder.embedding_table.weight"][4] = float("nan")  # class 4 alone
+        weights[key]["net.y_embedder.embedding_table.weight"][4] = float("nan")  # Only class 4 is affected.
     torch.save(weights, evaluation.folder / "nan.pth")
     command = [part.replace(str(CHECKPOINT), str(evaluation.folder / "nan.pth")) for part in evaluation.command("nan")]
     said = run_ranks(2, *command, expect=2)
@@ -158,7 +164,7 @@ def test_images_that_are_not_finite_are_named(evaluation: Evaluation) -> None:
 
 
 def test_a_sweep_shares_its_images_with_evaluations(evaluation: Evaluation, alone: dict[str, Any]) -> None:
-    """On two ranks; what was generated before is not made again, and the best setting is measured on more images."""
+    """Two ranks sweep. Images that exist are not generated again. The best setting is measured on more images."""
     shutil.copytree(evaluation.folder / "alone", evaluation.folder / "sweep")
     before = {name: path.stat().st_mtime_ns for name, path in evaluation.blocks("sweep").items()}
     tool = ["tools/evaluate_fid.py", *evaluation.command("sweep")[2:]]
@@ -169,7 +175,9 @@ def test_a_sweep_shares_its_images_with_evaluations(evaluation: Evaluation, alon
     result = json.loads((evaluation.folder / "sweep/result.json").read_text())
     coarse, fine = result["table"][:9], result["table"][9:]
     assert {row["num_images"] for row in coarse} == {16}
-    assert len({row["weights"] for row in coarse}) == 3, "model and two averages; without guidance one interval each"
+    assert len({row["weights"] for row in coarse}) == 3, (
+        "the model and two averages, each with one interval if guidance is off"
+    )
     assert len(fine) == 2
     assert [row["fid"] for row in fine] == sorted(row["fid"] for row in fine)
     assert all(row["num_images"] == 70 for row in fine)
@@ -189,16 +197,16 @@ def test_a_sweep_shares_its_images_with_evaluations(evaluation: Evaluation, alon
     assert "no weight set ema_0.5" in run_ranks(1, *tool, "--sweep", "ema=ema_0.5", expect=2)
     said = run_ranks(1, *tool, "--sweep", "guidance=1,2", "--coarse", "16", "--fine", "16")
     rows = [line for line in said[said.index("weights ") :].splitlines() if line.startswith("ema_0.9999 ")]
-    assert len(rows) == 2, "as many images for the best: it is no row of its own"
+    assert len(rows) == 2, "with as many images for the best setting, it gets no row of its own"
 
 
 def guided(row: dict[str, Any]) -> bool:
-    """As `alone` is."""
+    """Like `alone`, for a guide."""
     return row["guidance_scale"] == 2.0 and row["guidance_interval"] == [0.1, 1.0]
 
 
 def test_labels_are_as_configured(evaluation: Evaluation, alone: dict[str, Any]) -> None:
-    """Balanced by id, at random, or as frequent as in the data, which the manifest counts; and t_eps is a setting."""
+    """Labels are balanced by id, random, or as frequent as in the data (by its manifest). t_eps is a setting."""
     counts = json.loads((evaluation.folder / "shards/manifest.json").read_text())["class_counts"]
     assert sum(counts) == 200
     found = {}
@@ -216,7 +224,7 @@ def test_labels_are_as_configured(evaluation: Evaluation, alone: dict[str, Any])
     assert "tests/files/no.npz: no statistics" in run_ranks(1, *command, expect=2)
 
 
-def test_an_interrupted_evaluation_goes_on_with_other_ranks(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+def test_an_interrupted_evaluation_resumes_on_other_ranks(evaluation: Evaluation, alone: dict[str, Any]) -> None:
     shutil.copytree(evaluation.folder / "alone", evaluation.folder / "interrupted")
     (evaluation.folder / "interrupted" / "result.json").unlink()
     kept = {}
@@ -236,7 +244,9 @@ def test_an_interrupted_evaluation_goes_on_with_other_ranks(evaluation: Evaluati
     assert evaluation.run("interrupted", world_size=2) == alone
     assert_same_features(evaluation, "alone", "interrupted")
     now = evaluation.blocks("interrupted")
-    assert all(now[name].stat().st_mtime_ns == time for name, time in kept.items()), "what was there is not made again"
+    assert all(now[name].stat().st_mtime_ns == time for name, time in kept.items()), (
+        "finished blocks are not generated again"
+    )
 
 
 def test_other_weights_or_settings_do_not_reuse_blocks(evaluation: Evaluation, alone: dict[str, Any]) -> None:
@@ -247,7 +257,7 @@ def test_other_weights_or_settings_do_not_reuse_blocks(evaluation: Evaluation, a
     assert unguided["fid"] != alone["fid"]
 
 
-def test_more_images_continue_from_fewer(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+def test_an_evaluation_of_more_images_continues_one_of_fewer(evaluation: Evaluation, alone: dict[str, Any]) -> None:
     shutil.copytree(evaluation.folder / "world_2", evaluation.folder / "more")
     before = evaluation.blocks("more")
     assert evaluation.run("more", "evaluation.num_images=80")["num_images"] == 80
@@ -264,6 +274,6 @@ def test_more_images_continue_from_fewer(evaluation: Evaluation, alone: dict[str
         (["model.hidden_size=64"], "do not fit the network"),
     ],
 )
-def test_mistakes(evaluation: Evaluation, overrides: list[str], message: str) -> None:
+def test_mistakes_of_an_evaluation(evaluation: Evaluation, overrides: list[str], message: str) -> None:
     said = run_ranks(1, *evaluation.command("mistakes", *overrides), expect=2)
     assert sum(line.startswith("error: ") and message in line for line in said.splitlines()) == 1, said

@@ -1,4 +1,4 @@
-"""Experiments in miniature: runs in workers, upgraded from each other, measured, and gone on with after a stop."""
+"""Experiments in miniature: workers train, upgrade and measure runs, and resume them after a stop."""
 
 import base64
 import json
@@ -48,7 +48,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are forks of one process that has imported what they need, instead of new interpreters."""
+    """Workers are forks of one process that has already imported everything. This avoids starting new interpreters."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jitscale.training.trainer", "studies.tasks"])
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
@@ -72,7 +72,7 @@ def test_runs_and_measurements(shards: str, tmp_path: Path) -> None:
     assert all(m["fid"] > 0 and m["num_real_images"] == 30 for o in found.values() for m in o["measurements"])
     assert found["high_s0"]["flops_an_image"] > found["low_s0"]["flops_an_image"]
     assert json.loads((tmp_path / "low_s0" / OUTCOME).read_text()) == found["low_s0"]
-    # Nothing is trained twice: what was recorded is what is returned.
+    # No run is trained twice: the recorded outcome is returned.
     recorded = {**found["low_s0"], "training_seconds": -1.0}
     (tmp_path / "low_s0" / OUTCOME).write_text(json.dumps(recorded))
     assert outcomes_of([high, low], tmp_path, workers=1) == {"low_s0": recorded, "high_s0": found["high_s0"]}
@@ -94,13 +94,14 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
         "from studies.tasks import outcomes_of\n"
         "if __name__ == '__main__':\n"
         "    fork = multiprocessing.get_context('fork')\n"
-        "    multiprocessing.get_context = lambda method: fork\n"  # what is proven is no interpreter's start
+        "    multiprocessing.get_context = lambda method: fork\n"  # The test is not about the start of an interpreter.
         "    toys = [Toy(f'd2_x_s{seed}', 2, 'x', seed, steps=10**6) for seed in range(2)]\n"
         f"    outcomes_of(toys, Path({str(tmp_path)!r}), workers=2)\n"
     )
     (tmp_path / "program.py").write_text(program)
     process = Process([str(tmp_path / "program.py")], start_new_session=True)
-    while not (tmp_path / "log.txt").exists():  # the first worker writes to it
+    # The first worker writes this file.
+    while not (tmp_path / "log.txt").exists():
         assert process.poll() is None
         time.sleep(0.1)
     process.kill()
@@ -138,7 +139,7 @@ def test_the_figure_and_the_table_of_the_upgrade(tmp_path: Path) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """Sharp on a page, on white ground, and small."""
+    """The picture is sharp on a page, has a white background and is small."""
     with Image.open(path) as picture:
         assert (picture.format, picture.mode) == ("PNG", "P")
         assert 600 < picture.width <= 2000
@@ -153,7 +154,10 @@ def tiny_png() -> str:
 
 
 def invented(task: Task, folder: Path) -> dict[str, Any]:
-    """An outcome as the task's execution returns it; in earnest, but small, where nothing is trained by the trainer."""
+    """An outcome in the form that the task returns.
+
+    Tasks without the trainer are executed at a small size; the numbers of all others are random.
+    """
     if isinstance(task, manifold.Toy):
         return replace(task, steps=3, samples=50).execute(folder)
     if isinstance(task, upsampling.Resampling):
@@ -199,7 +203,7 @@ def test_every_experiment_has_tasks_a_figure_and_a_table(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", [slow_unless(name in ("manifold", "failing"), name) for name in EXPERIMENTS])
-def test_the_figure_of_the_page_is_drawn_from_its_numbers(
+def test_the_figure_of_the_page_is_drawn_from_the_stored_numbers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = ROOT / f"docs/experiments/{name}.json"
@@ -212,8 +216,8 @@ def test_the_figure_of_the_page_is_drawn_from_its_numbers(
     check_picture(tmp_path / f"{name}.png")
 
 
-def test_noise_of_many_dimensions_is_not_predicted(tmp_path: Path) -> None:
-    """The toy's claim in small: in 512 dimensions x-prediction learns, e-prediction does not."""
+def test_noise_of_many_dimensions_cannot_be_predicted(tmp_path: Path) -> None:
+    """The toy's claim at a small size: in 512 dimensions x-prediction learns, e-prediction does not."""
     error = {}
     for space in "xe":
         found = manifold.Toy(f"d512_{space}_s0", 512, space, seed=0, steps=50, samples=200).execute(tmp_path)
@@ -221,7 +225,7 @@ def test_noise_of_many_dimensions_is_not_predicted(tmp_path: Path) -> None:
     assert 10 * error["x"] < error["e"]
 
 
-def test_upsampled_images_are_far_from_real_ones(tmp_path: Path) -> None:
+def test_upsampled_images_have_a_large_distance_from_real_ones(tmp_path: Path) -> None:
     found = upsampling.Resampling("resampled_s0", seed=0, images=300).execute(tmp_path)["found"]
     for kernel, sources in found.items():
         distances = [sources[str(source)]["distance"] for source in upsampling.SOURCES]
@@ -230,8 +234,8 @@ def test_upsampled_images_are_far_from_real_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_large_patches_carry_no_noise(tmp_path: Path) -> None:
-    """The paper's claim in small: x-prediction is far better than e-prediction."""
+def test_large_patches_need_x_prediction(tmp_path: Path) -> None:
+    """The paper's claim at a small size: x-prediction is far better than e-prediction."""
     digits, labels = digit_images(32)
     write_shards(digits, labels, tmp_path / "digits", class_names=DIGIT_CLASSES)
     own = (f"data.shards={tmp_path / 'digits'}", "run.max_images=14400", "evaluation.num_images=128")
@@ -268,7 +272,8 @@ def test_ways_of_sampling_are_measured_with_one_network(shards: str, tmp_path: P
     at_end = found["trained_s0"]["measurements"][-1]
     by_way = found["measured_s0"]["ways"]
     assert by_way["as trained"]["fid"] == at_end["fid"]
-    # Of two steps: Heun's and Euler's with three evaluations; two, of which that at t = 0.5 is guided, with three too.
+    # Two steps take three evaluations in both cases: Heun and Euler take three; ab2 takes two, and the one at t = 0.5
+    # is guided, so it counts twice.
     assert [by_way[way]["evaluations"] for way in ways] == [3, 3]
     assert at_end["held_out"] == read_held_out(tmp_path / "trained_s0")[-1]["held_out/ema_0.995"]
 
@@ -278,7 +283,7 @@ def test_ways_of_sampling_are_measured_with_one_network(shards: str, tmp_path: P
     assert 0 < error["as trained"] != error["guided ab2"] > 0
 
 
-def test_trainings_of_equal_compute() -> None:
+def test_the_number_of_images_for_equal_compute() -> None:
     every, routed = (
         training_flops(load_config(ROOT / "configs" / routing.CONFIG, settings).model)
         for settings in (routing.BASE, routing.ROUTED)
@@ -293,14 +298,17 @@ def test_trainings_of_equal_compute() -> None:
 
 
 def test_differences_are_taken_within_a_seed() -> None:
-    """Both ways have a seed's data and noise, so what the seeds differ by is no error of the difference."""
+    """Both ways share the data and the noise of a seed.
+
+    So the variation between seeds is not an error of the difference.
+    """
     assert difference([1.0, 2.0, 6.0], [1.5, 2.5, 6.5]) == pytest.approx((0.5, 0.0))
     assert difference([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / 3**0.5))
 
 
 @pytest.mark.usefixtures("forked_workers")
 @pytest.mark.slow
-def test_losses_both_ways_on_the_same_data(shards: str, tmp_path: Path) -> None:
+def test_losses_of_both_precisions_on_the_same_data(shards: str, tmp_path: Path) -> None:
     own = (*TINY, shards, "run.max_images=128", "evaluation.held_out_every_images=32", "tracking.log_every_steps=1")
     runs = [replace(task, config="glyphs_32.yaml", settings=(*task.settings, *own)) for task in bf16.tasks(0)]
     runs = [replace(run, settings=(*run.settings, "ema.decays=[0.99]", "evaluation.weights=ema_0.99")) for run in runs]

@@ -1,4 +1,4 @@
-"""What goes wrong on purpose: fault injection, full disks, two runs at once, and what the run does about each."""
+"""Injected faults, full disks and two runs in one folder, and how the run reacts to each."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def test_an_asynchronous_run_leaves_the_same_checkpoints(job: Job, unbroken: lis
         assert same_state(first, second)
 
 
-def test_some_checkpoints_are_kept_for_ever(job: Job) -> None:
+def test_some_checkpoints_are_never_pruned(job: Job) -> None:
     job.train("kept", "checkpoint.keep_last=2", f"checkpoint.keep_every_images={10 * BATCH}", world_size=1)
     assert steps_of(job.folder / "kept") == [12, 20, 24]
 
@@ -60,8 +60,10 @@ def test_one_step_that_is_not_finite_is_skipped_everywhere(job: Job, monkeypatch
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
-def test_many_such_steps_roll_back_and_skip_ahead(job: Job, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
-    """Steps 6, 7 and 8 are not finite: back to step 4, and on with the data after step 8."""
+def test_many_steps_that_are_not_finite_roll_back_and_skip_ahead(
+    job: Job, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """Steps 6, 7 and 8 are not finite: the run goes back to step 4 and continues with the data after step 8."""
     monkeypatch.setenv("JITSCALE_FAULTS", "nan:step=6:rank=0:times=3")
     name = f"rolled_back_{stage}"
     metrics = job.train(name, "run.rollback_after=3", f"engine.zero_stage={stage}")
@@ -72,10 +74,10 @@ def test_many_such_steps_roll_back_and_skip_ahead(job: Job, monkeypatch: pytest.
     monkeypatch.delenv("JITSCALE_FAULTS")
     job.copy(name, f"{name}_resumed", steps=12)
     resumed = job.train(f"{name}_resumed", "run.rollback_after=3", f"engine.zero_stage={stage}")
-    assert losses(resumed) == pytest.approx(losses(metrics), rel=1e-6), "a resume goes on in the same place"
+    assert losses(resumed) == pytest.approx(losses(metrics), rel=1e-6), "a resume continues with the same data"
 
 
-def test_a_run_that_rolls_back_again_and_again_ends(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_rollbacks_is_limited(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITSCALE_FAULTS", "nan:step=6:times=1000")
     said = run_ranks(2, *job.command("hopeless", "run.rollback_after=2", "run.max_rollbacks=2"), expect=2)
     assert re.search(r"error: step \d+: no finite gradient in 2 steps, and run.max_rollbacks=2 are used up", said)
@@ -90,7 +92,7 @@ def test_a_hung_rank_ends_the_job_and_leaves_stacks(job: Job, monkeypatch: pytes
     stacks = (job.folder / "hung" / "stacks_rank_00001.txt").read_text()
     assert "Timeout" in stacks
     assert "in inject" in stacks
-    assert not list((job.folder / "asynchronous").glob("stacks_*")), "a run that ends leaves none"
+    assert not list((job.folder / "asynchronous").glob("stacks_*")), "a run that ends normally leaves no stacks"
 
 
 def test_a_slow_rank_is_named(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +102,7 @@ def test_a_slow_rank_is_named(job: Job, monkeypatch: pytest.MonkeyPatch) -> None
     assert re.search(r"rank 2 is slow: 0\.[3-9]\d* s to its first collective", said), said
 
 
-def test_two_runs_in_one_folder(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_in_the_same_folder_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITSCALE_FAULTS", "slow:step=1:times=1000:seconds=0.2")
     first = start_ranks(1, *job.command("shared"))
     while not (job.folder / "shared" / "metrics.jsonl").exists():
@@ -123,8 +125,8 @@ def test_a_flipped_bit_in_a_checkpoint_is_refused(job: Job, unbroken: list[dict[
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
-def test_a_full_disk_keeps_the_old_checkpoint(job: Job) -> None:
-    """On a file system of 1.5 MB, where one checkpoint fits and a second one does not."""
+def test_a_full_disk_leaves_the_old_checkpoint(job: Job) -> None:
+    """One checkpoint fits on the file system of 1.5 MB, a second one does not."""
     folder = job.folder / "small"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], check=True)
@@ -144,7 +146,10 @@ def test_a_full_disk_keeps_the_old_checkpoint(job: Job) -> None:
 
 @SLOW
 def test_twenty_kills_at_random_moments(job: Job, unbroken: list[dict[str, Any]]) -> None:
-    """Two ranks, saves included, with dropout: nothing is lost, and the end is bit-equal to the unbroken run's."""
+    """Two ranks with dropout are killed at any moment, also during saves.
+
+    Nothing is lost, and the final state is bit-equal to the unbroken run's.
+    """
     name = "killed"
     for number in range(20):
         ranks = start_ranks(2, *job.command(name, "checkpoint.asynchronous=" + ("true" if number % 2 else "false")))
@@ -161,7 +166,8 @@ def test_twenty_kills_at_random_moments(job: Job, unbroken: list[dict[str, Any]]
         for rank in ranks:
             rank.communicate()
         if complete_checkpoints(job.folder / name)[-1:] == [job.folder / name / f"checkpoints/step_{STEPS:08d}"]:
-            shutil.rmtree(job.folder / name)  # it was done; begin another one
+            # The save was complete; start another one.
+            shutil.rmtree(job.folder / name)
     assert losses(job.train(name)) == pytest.approx(losses(unbroken), rel=1e-6)
     last = f"checkpoints/step_{STEPS:08d}"
     assert same_state(job.folder / name / last, job.folder / "unbroken" / last)
@@ -178,17 +184,17 @@ def test_twenty_kills_at_random_moments(job: Job, unbroken: list[dict[str, Any]]
         pytest.param("offloaded_3", ["engine.offload_optimizer=true", "engine.zero_stage=3"], marks=SLOW),
     ],
 )
-def test_ways_to_save_memory_change_no_number(
+def test_saving_memory_changes_no_number(
     job: Job, unbroken: list[dict[str, Any]], name: str, overrides: list[str]
 ) -> None:
-    """Dropout is drawn again as it was."""
+    """Recomputation draws dropout again, with the same result."""
     assert losses(job.train(name, *overrides)) == pytest.approx(losses(unbroken), rel=1e-5)
 
 
-def test_a_background_save_that_fails_costs_that_checkpoint_only(
+def test_a_failed_background_save_loses_only_that_checkpoint(
     job: Job, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one rank, once in the middle and once just before the last save."""
+    """The background save fails on one rank, once in the middle and once just before the last save."""
     monkeypatch.setenv("JITSCALE_FAULTS", "unwritable:step=8:rank=1,unwritable:step=20:rank=1")
     metrics = job.train("failed_saves", "checkpoint.asynchronous=true")
     assert losses(metrics) == losses(unbroken)
@@ -196,7 +202,7 @@ def test_a_background_save_that_fails_costs_that_checkpoint_only(
 
 
 def test_a_rollback_verifies_and_counts_bad_images_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No checkpoint is made among gradients that are not finite."""
+    """No checkpoint is saved in the middle of a streak: a rollback must land on finite gradients."""
     monkeypatch.setenv("JITSCALE_FAULTS", "nan:step=6:times=4")
     metrics = job.train("streak", "run.rollback_after=4", "run.max_steps=12", world_size=1)
     assert steps_of(job.folder / "streak") == [4, 8, 12], "step 8 is written after the rollback to step 4"
@@ -206,14 +212,14 @@ def test_a_rollback_verifies_and_counts_bad_images_once(job: Job, monkeypatch: p
 
 
 def started(job: Job, name: str, world_size: int, steps: int, *overrides: str) -> list[Process]:
-    """Ranks of a run that has logged so many steps."""
+    """The ranks of a run that has logged this many steps."""
     ranks = start_ranks(world_size, *job.command(name, *overrides, world_size=world_size))
     wait_for_steps(ranks, job.folder / name, steps)
     return ranks
 
 
 def ended(ranks: list[Process], code: int) -> str:
-    """What rank 0 said, after all have ended with `code`."""
+    """The output of rank 0, after all ranks have ended with `code`."""
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [code] * len(ranks), outputs
     assert "Traceback" not in "".join(outputs)
@@ -221,7 +227,7 @@ def ended(ranks: list[Process], code: int) -> str:
 
 
 def test_ctrl_c_saves(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torchrun and srun pass it on, to every rank; and the next start says what differs."""
+    """torchrun and srun pass the signal on to every rank. The next start names the settings that differ."""
     monkeypatch.setenv("JITSCALE_FAULTS", "slow:step=1:times=1000:seconds=0.1")
     ranks = started(job, "ctrl_c", 2, 5)
     for rank in ranks:
@@ -239,8 +245,8 @@ def test_ctrl_c_saves(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @SLOW
-def test_a_last_save_that_fails_on_one_rank_asks_for_a_requeue(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an older checkpoint is there; without one it is the user who must act."""
+def test_a_failed_final_save_on_one_rank_asks_for_a_requeue(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This holds if an older checkpoint exists. Without one, the user must act."""
     steps = ",".join(f"unwritable:step={step}:rank=1" for step in range(5, 24))
     monkeypatch.setenv("JITSCALE_FAULTS", f"{steps},slow:step=1:times=1000:seconds=0.2")
     for name, first, code in (("with_older", 4, 75), ("without_older", 24, 2)):
@@ -265,7 +271,7 @@ def test_a_folder_that_disappears_is_written_again(job: Job, monkeypatch: pytest
 
 
 @SLOW
-def test_a_storage_that_fails_on_one_rank_is_said_by_that_rank(job: Job) -> None:
+def test_failing_storage_on_one_rank_is_reported_by_that_rank(job: Job) -> None:
     program = [str(PROGRAMS / "failing_storage.py"), *job.command("eio")[2:]]
     ranks = start_ranks(2, *program)
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]

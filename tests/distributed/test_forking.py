@@ -1,4 +1,4 @@
-"""A forked rank does what the interpreter would do that a user starts."""
+"""A forked rank behaves like an interpreter that a user starts."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("kind", ["code", "file", "module"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_fork_is_what_the_interpreter_starts(name: str, kind: str, tmp_path: Path) -> None:
+def test_a_fork_behaves_like_a_new_interpreter(name: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / "a_program.py").write_text(PROGRAMS[name])
     environment = {"PYTHONPATH": str(tmp_path), "WORD": "a word", "LC_CTYPE": "C.UTF-8"}
     command = {
@@ -42,13 +42,13 @@ def test_a_fork_is_what_the_interpreter_starts(name: str, kind: str, tmp_path: P
     said, _ = fork.communicate(timeout=60)
     assert fork.returncode == started.returncode
     ours, theirs = said.splitlines(), started.stdout.splitlines()
-    if name == "fails":  # the frames are others
+    if name == "fails":  # The stack frames differ.
         assert (ours[0], ours[-1]) == (theirs[0], theirs[-1])
-    else:  # some import makes the standard output flush each line, so that the two outputs mix in another order
+    else:  # Some import makes the standard output flush each line, so both outputs mix in another order.
         assert sorted(ours) == sorted(theirs)
 
 
-def test_signals_and_limits() -> None:
+def test_signals_and_timeouts_of_a_fork() -> None:
     fork = Process(["-c", "import time; print('here', flush=True); time.sleep(60)"])
     assert fork.stdout.readline() == "here\n"
     assert fork.poll() is None
@@ -58,6 +58,6 @@ def test_signals_and_limits() -> None:
         fork.communicate(timeout=0.1)
     fork.terminate()
     assert fork.wait(10) == fork.poll() == -signal.SIGTERM
-    fork.kill()  # has no effect on what has ended
+    fork.kill()  # A process that has ended ignores the signal.
     with pytest.raises(ProcessLookupError):
         os.kill(fork.pid, 0)

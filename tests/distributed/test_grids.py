@@ -1,4 +1,4 @@
-"""Pictures of samples while training: rank 0 builds a network and draws, the others only give it their weights."""
+"""Sample grids while training: rank 0 builds a network and draws; the other ranks only send their weights."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ from tests.support.processes import PROGRAMS, run_ranks
 
 
 def test_rank_0_alone_builds_a_network_and_draws(tmp_path: Path) -> None:
-    """The same picture, bit for bit, on any number of ranks; what is wrong with it every rank says."""
+    """The picture is bit-equal on any number of ranks. Every rank reports an error in the grid."""
     pictures = []
     for ranks in (1, 3):
         said = run_ranks(ranks, str(PROGRAMS / "grids.py"), str(tmp_path))
         main, *others = json.loads(said.splitlines()[-1])
-        assert (main["built"], main["drawn"]) == (2, 1), "the network and its guide"
+        assert (main["built"], main["drawn"]) == (2, 1), "rank 0 builds the network and its guide"
         assert all((other["built"], other["drawn"]) == (0, 0) for other in others)
         assert all("not finite" in one["error"] for one in (main, *others))
         pictures.append(np.load(tmp_path / f"{ranks}.npy"))
-    assert pictures[0].std() > 10, "samples differ"
+    assert pictures[0].std() > 10, "the samples differ from each other"
     assert np.array_equal(*pictures)

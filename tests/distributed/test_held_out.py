@@ -1,4 +1,4 @@
-"""The held-out loss of real runs: the same on any number of ranks, once for each moment, and without effect."""
+"""The held-out loss of real runs: equal on any number of ranks, computed once per step, no effect on training."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from tests.support.processes import run_ranks, start_ranks
 from tests.support.runs import BATCH, STEPS, Job, losses, same_state, zero_samples
 from tests.support.slow import slow_unless
 
-EVERY = 4 * BATCH  # as often as a checkpoint
-# 20 samples are four blocks, which three ranks share unevenly, and the last one is not full.
+EVERY = 4 * BATCH  # as often as checkpoints are saved
+# 20 samples make four blocks. Three ranks get uneven shares of them, and the last block is not full.
 SETTINGS = ["data.held_out=0.2", f"evaluation.held_out_every_images={EVERY}", "evaluation.block_size=6"]
 SETS = ("model", "ema_0.9", "ema_0.99")
 
@@ -29,13 +29,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def measured(job: Job) -> list[dict[str, Any]]:
-    """What an uninterrupted run of two ranks has measured."""
+    """All measurements of an uninterrupted run of two ranks."""
     job.train("measured", *SETTINGS)
     return read_held_out(job.folder / "measured")
 
 
 def without_held_out(run: Path, step: int) -> None:
-    """The run as if it had been killed between the save of `step` and the end of its measurement."""
+    """Change the run as if it had been killed between the save of `step` and the end of its measurement."""
     path = run / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     kept = [line for line in lines if line["step"] < step or (line["step"] == step and "loss" in line)]
@@ -43,8 +43,8 @@ def without_held_out(run: Path, step: int) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
-def test_every_set_is_measured_and_training_does_not_notice(job: Job, measured: list[dict[str, Any]]) -> None:
-    """With dropout; the same samples are held out where nothing is measured."""
+def test_every_set_is_measured_without_an_effect_on_training(job: Job, measured: list[dict[str, Any]]) -> None:
+    """Dropout is on. The same samples are held out in a run without measurements."""
     assert [(line["step"], line["images"]) for line in measured] == [(s, s * BATCH) for s in range(4, STEPS + 1, 4)]
     for line in measured:
         assert {f"held_out/{name}" for name in SETS} <= set(line)
@@ -52,7 +52,9 @@ def test_every_set_is_measured_and_training_does_not_notice(job: Job, measured: 
         assert 8 < line["held_out_samples"] < 75 - 40
         assert line["held_out_samples"] % 6, "the last block is not full"
         assert line["held_out_bad_samples"] == 0
-    assert len({line["held_out/ema_0.9"] for line in measured}) == len(measured), "the weights move"
+    assert len({line["held_out/ema_0.9"] for line in measured}) == len(measured), (
+        "the weights change between measurements"
+    )
     assert len({measured[-1][f"held_out/{name}"] for name in SETS}) == len(SETS)
     unmeasured = job.train("unmeasured", *SETTINGS[:1])
     assert losses(unmeasured) == losses(read_metrics(job.folder / "measured"))
@@ -64,20 +66,21 @@ def test_every_set_is_measured_and_training_does_not_notice(job: Job, measured: 
 def test_any_number_of_ranks_measures_the_same(
     job: Job, measured: list[dict[str, Any]], world_size: int, stage: int
 ) -> None:
-    """Bitwise; and a measurement that a kill has prevented is made up for, but none is taken twice."""
+    """The values are bit-equal. A measurement lost by a kill is made later, and none is made twice."""
     name = f"again_{world_size}"
-    saved = STEPS - 4 if world_size == 2 else STEPS  # two ranks train on as the unbroken run did
+    saved = STEPS - 4 if world_size == 2 else STEPS  # Two ranks continue in the same way as the unbroken run.
     job.copy("measured", name, steps=saved)
     without_held_out(job.folder / name, saved)
     assert read_held_out(job.folder / name) == measured[: saved // 4 - 1]
-    for _ in range(2 if world_size == 1 else 1):  # the second start finds all measured
+    # The second start finds all measurements done.
+    for _ in range(2 if world_size == 1 else 1):
         job.train(name, *SETTINGS, f"engine.zero_stage={stage}", world_size=world_size)
         assert read_held_out(job.folder / name) == measured
     assert losses(read_metrics(job.folder / name)) == losses(read_metrics(job.folder / "measured"))
 
 
 def test_shards_may_be_held_out(job: Job) -> None:
-    """With a bad image among them, on two ranks; their number does not matter to the order of training."""
+    """The held-out shards contain a bad image, on two ranks. Their number does not change the order of training."""
     images = np.random.default_rng(1).integers(0, 256, (9, 16, 16, 3), np.uint8)
     write_shards(images, np.arange(9), job.folder / "held_16", samples_per_shard=5)
     tar = job.folder / "held_16/shard-000001.tar"
@@ -90,7 +93,7 @@ def test_shards_may_be_held_out(job: Job) -> None:
     assert (line["held_out_samples"], line["held_out_bad_samples"]) == (8, 1)
     assert re.search(r"held-out loss of ema_0.99: \d\S* on 8 samples", said)
     without = "the held-out loss is measured without it"
-    assert (said.count(without), other.count(without)) == (0, 1), "rank 1 has the bad image, and says so once"
+    assert (said.count(without), other.count(without)) == (0, 1), "rank 1 reads the bad image and reports it once"
     whole = job.train("whole", "run.max_steps=4")
     assert [one["loss"] for one in read_metrics(job.folder / "shards")] == [one["loss"] for one in whole]
     job.copy("whole", "whole_and_more", steps=4)
@@ -99,7 +102,10 @@ def test_shards_may_be_held_out(job: Job) -> None:
 
 
 def test_another_held_out_set_is_refused(job: Job, measured: list[dict[str, Any]]) -> None:
-    """Samples that were held out would be trained on, or the other way round. Each in its own process, all at once."""
+    """Held-out samples would be trained on, or the other way round.
+
+    The four cases run in parallel, each in its own process.
+    """
     changes = {
         "fraction": ("data.held_out=0.3", "held_out: 0.2 -> 0.3"),
         "none": ("data.held_out=null", "held_out: 0.2 -> None"),

@@ -1,4 +1,4 @@
-"""Trainings that are measured on the way and at their end."""
+"""Training runs that are measured on the way and at their end."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.support.runs import wait_for_steps
 
 
 def test_a_training_is_measured_on_the_way(evaluation: Evaluation) -> None:
-    """On few images, without leaving their blocks; and a resumed run does not measure twice."""
+    """The measurement uses few images and removes its blocks. A resumed run does not measure twice."""
     shards = f"data.shards={evaluation.folder / 'shards'}"
     on_the_way = ["evaluation.every_images=24", "evaluation.few_images=16", "tracking.log_every_steps=1"]
     sizes = [
@@ -38,12 +38,14 @@ def test_a_training_is_measured_on_the_way(evaluation: Evaluation) -> None:
         return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
     assert [(line["step"], line["images"], line["num_images"]) for line in lines()] == [(3, 24, 16), (6, 48, 16)]
-    assert all(line["fid_16"] > 0 and "fid" not in line for line in lines()), "named by the number of images"
+    assert all(line["fid_16"] > 0 and "fid" not in line for line in lines()), (
+        "the file is named after the number of images"
+    )
     assert not list(folder.glob("evaluation/*")), (
-        "no blocks are left; the real images' statistics lie beside the shards"
+        "no blocks are left; the statistics of the real images lie next to the shards"
     )
     first, second = lines()
-    # As if it had been killed between the save of step 6 and the end of its measurement.
+    # The run looks as if it had been killed between the save of step 6 and the end of its measurement.
     (folder / "evaluations.jsonl").write_text(json.dumps(first) + "\n")
     run_ranks(2, *command, "run.max_images=72")
     assert [line["images"] for line in lines()] == [24, 48, 72]
@@ -52,7 +54,7 @@ def test_a_training_is_measured_on_the_way(evaluation: Evaluation) -> None:
 
 @pytest.fixture(scope="module")
 def swept(evaluation: Evaluation) -> tuple[Path, list[str], str]:
-    """The folder and the command of a training that a sweep ends, and what it said."""
+    """The folder, the command and the output of a training run that ends with a sweep."""
     folder = evaluation.folder / "finished"
     command = [
         *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
@@ -84,8 +86,11 @@ def test_the_end_of_a_training_is_the_configured_sweep(swept: tuple[Path, list[s
 
 
 @pytest.mark.slow
-def test_nothing_else_replaces_the_result_of_the_end(swept: tuple[Path, list[str], str]) -> None:
-    """result.json is that one, whoever writes it; what else is measured is kept by protocol and replaces nothing."""
+def test_no_other_measurement_replaces_the_final_result(swept: tuple[Path, list[str], str]) -> None:
+    """Any command may write this result.json.
+
+    Other measurements are stored under their protocol and do not replace it.
+    """
     folder, command, _ = swept
     result = json.loads((folder / "result.json").read_text())
     written = (folder / "result.json").stat().st_mtime_ns
@@ -94,13 +99,13 @@ def test_nothing_else_replaces_the_result_of_the_end(swept: tuple[Path, list[str
     run_ranks(1, "tools/evaluate_fid.py", "--checkpoint", str(folder), "--sweep", "guidance=1,3", "--coarse", "10")
     assert (folder / "result.json").stat().st_mtime_ns == written
     assert len(list((folder / "results").glob("*.json"))) == 3
-    # The finished run is asked for another evaluation: its number replaces none, and is recorded.
+    # If the finished run is asked for another evaluation, its result is recorded but replaces no earlier line.
     run_ranks(2, *command, "evaluation.num_images=60")
     other = json.loads((folder / "result.json").read_text())
     lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     assert [(line["fid"], line["num_images"]) for line in lines[2:]] == [(result["fid"], 70), (other["fid"], 60)]
     assert {line["step"] for line in lines[2:]} == {3}
-    # A run that shall go on has not ended with its newest checkpoint.
+    # If a run is not complete, its newest checkpoint is not its end.
     (folder / "result.json").unlink()
     longer = (folder / "config.yaml").read_text().replace("max_steps: 3", "max_steps: 30")
     (folder / "config.yaml").write_text(longer.replace("num_images: 60", "num_images: 70"))
@@ -115,8 +120,8 @@ def test_nothing_else_replaces_the_result_of_the_end(swept: tuple[Path, list[str
     assert len(list((folder / "results").glob("*.json"))) == 4
 
 
-def test_what_the_evaluation_lacks_is_said_before_the_first_step(evaluation: Evaluation) -> None:
-    """On two ranks; the other refusals are in tests/evaluation/test_measuring.py."""
+def test_missing_parts_of_the_evaluation_are_reported_before_the_first_step(evaluation: Evaluation) -> None:
+    """There are two ranks. The other refusals are tested in tests/evaluation/test_measuring.py."""
     command = [
         *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", "data.batch_size=8"),
         *(
@@ -130,7 +135,9 @@ def test_what_the_evaluation_lacks_is_said_before_the_first_step(evaluation: Eva
     message = "on a machine with a network: python tools/fetch_weights.py --output /tmp/no_weights_here inception"
     assert sum(line.startswith("error: ") and message in line for line in said.splitlines()) == 1, said
     assert not (evaluation.folder / "never").exists()
-    assert "at_end: true" in run_ranks(1, *command, "evaluation.at_end=true", "--print-config"), "nothing is measured"
+    assert "at_end: true" in run_ranks(1, *command, "evaluation.at_end=true", "--print-config"), (
+        "without a measurement there is no refusal"
+    )
     said = run_ranks(2, *command, "evaluation.at_end=false")
     assert "evaluation.at_end=false: nothing is measured during training either: /tmp/no_weights_here/weights-" in said
     assert not (evaluation.folder / "never/evaluations.jsonl").exists()
@@ -138,7 +145,7 @@ def test_what_the_evaluation_lacks_is_said_before_the_first_step(evaluation: Eva
 
 
 def test_a_signal_ends_a_measurement_on_the_way(evaluation: Evaluation) -> None:
-    """At once, with the step saved; the next start makes up for the measurement."""
+    """The run stops at once and saves the step. The next start makes the measurement."""
     folder = evaluation.folder / "signalled"
     command = [
         *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
@@ -147,7 +154,8 @@ def test_a_signal_ends_a_measurement_on_the_way(evaluation: Evaluation) -> None:
     ]
     (rank,) = start_ranks(1, *command, "evaluation.few_images=100000")
     said = line = ""
-    while re.match(r"generate: .* [1-9]\d*/", line) is None:  # an image is made
+    # An image has been generated.
+    while re.match(r"generate: .* [1-9]\d*/", line) is None:
         line = rank.stdout.readline()  # type: ignore[union-attr]
         assert line, said
         said += line
@@ -160,7 +168,10 @@ def test_a_signal_ends_a_measurement_on_the_way(evaluation: Evaluation) -> None:
 
 
 def test_only_the_end_of_a_run_is_its_result(evaluation: Evaluation) -> None:
-    """Weights of others and earlier steps replace no result.json of a run; a run that goes on has none."""
+    """Measurements of other weights and of earlier steps never replace the result.json of a run.
+
+    An unfinished run has none.
+    """
     folder = evaluation.folder / "whose"
     command = [
         *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),
@@ -174,17 +185,22 @@ def test_only_the_end_of_a_run_is_its_result(evaluation: Evaluation) -> None:
     assert "result.json is not written: these weights are not the end of the run" in said
     assert (folder / "result.json").read_bytes() == written
     run_ranks(1, *command, "run.max_steps=2", "evaluation.at_end=false")
-    assert not (folder / "result.json").exists(), "the run has gone on"
+    assert not (folder / "result.json").exists(), "the run was continued"
     said = run_ranks(1, "tools/evaluate_fid.py", f"--checkpoint={folder / 'checkpoints/step_00000001'}", config)
     assert "these weights are not the end of the run" in said
     assert not (folder / "result.json").exists()
-    assert len(list((folder / "results").glob("*.json"))) == 2, "the first step's, twice the same, and theirs"
+    assert len(list((folder / "results").glob("*.json"))) == 2, (
+        "the first step's result, its repetition, and the result of the other weights"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
-def test_a_disk_that_fills_costs_measurements_only(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the way training goes on without them; at the end all that was trained is saved, in one line and code 1."""
+def test_a_full_disk_loses_measurements_only(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way, training continues without measurements.
+
+    At the end, all training is saved, and the run ends with one line and exit code 1.
+    """
     folder, cache = evaluation.folder / "full", evaluation.folder / "full_cache"
     cache.mkdir()
     command = [
@@ -223,7 +239,10 @@ def test_a_disk_that_fills_costs_measurements_only(evaluation: Evaluation, monke
 def test_a_signal_ends_a_measurement_of_a_step_that_is_not_saved(
     evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step that is not finite is saved only at the end: after the next block, and not after all."""
+    """A step that is not finite is saved only at the end.
+
+    The run stops after the next block, and does not finish the measurement.
+    """
     folder = evaluation.folder / "unsaved"
     command = [
         *("-m", "jitscale.train", f"--config={evaluation.folder / 'config.yaml'}", f"run.dir={folder}"),

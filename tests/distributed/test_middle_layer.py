@@ -1,4 +1,4 @@
-"""Runs that begin with the weights of a run that has no middle output layer, or another one."""
+"""Runs that start from the weights of a run with no middle output layer, or with another one."""
 
 from pathlib import Path
 
@@ -32,8 +32,11 @@ def final(weights: StoredWeights, name: str) -> torch.Tensor:
     return found
 
 
-def test_with_the_layer_and_back(job: Job) -> None:
-    """Between stages and ranks; a step of no length moves zeros by less than any prediction shows."""
+def test_a_run_can_add_the_layer_and_remove_it_again(job: Job) -> None:
+    """The stages and the ranks change on the way.
+
+    A step of zero length changes zeros by less than any prediction shows.
+    """
     origin = newest(job.folder / "without")
     for run, source, ranks, stage, head in (("with", "without", 2, 3, 1), ("back", "with", 1, 1, 0)):
         arguments = [f"run.init_from={job.folder / source}", f"model.middle_head={head}", f"engine.zero_stage={stage}"]
@@ -43,7 +46,7 @@ def test_with_the_layer_and_back(job: Job) -> None:
         found = newest(job.folder / run)
         assert ("middle_layer.linear.weight" in found.shapes) == (head > 0)
         assert torch.equal(final(found, "model"), final(origin, "model"))
-        # The averages were taken over, and have moved on by this one step.
+        # The averages were taken over from the source, and have changed by this one step.
         assert not torch.equal(final(origin, "ema_0.99"), final(origin, "model"))
         after = origin.tensor("ema_0.99", "x_embedder.proj2.weight").lerp(
             origin.tensor("model", "x_embedder.proj2.weight"), 1 - 0.99 ** (1 if head else 2)
@@ -63,7 +66,7 @@ def test_the_layer_trains_from_zero(job: Job, optimizer: str) -> None:
             assert found.tensor(average, f"middle_layer.{layer}.weight").std() > 0
 
 
-def test_a_run_does_not_get_the_layer_by_the_way(job: Job) -> None:
+def test_a_resumed_run_cannot_add_the_layer(job: Job) -> None:
     said = run_ranks(2, *job.command("without", "model.middle_head=1", "run.max_steps=3"), expect=2)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "model.middle_head=0, the config says 1; restore it, or start a new run.dir with run.init_from=" in line

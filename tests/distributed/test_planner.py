@@ -1,4 +1,4 @@
-"""The planner's memory next to the tensors that ranks hold, and its traffic next to what they send."""
+"""The planner's memory against the tensors that ranks hold, and its traffic against the bytes that ranks send."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.distributed.programs.zero_parity import MODEL as SENDING
 from tests.support.processes import PROGRAMS, run_ranks
 from tests.support.slow import slow_unless
 
-ALONE = ("2-autocast", "3-autocast")  # measured at 1 and 3 ranks too
+ALONE = ("2-autocast", "3-autocast")  # These are measured on 1 and 3 ranks too.
 USUAL = ("1-autocast", "3-bf16")
 REST = [f"{stage}-{precision}" for stage, precision in SETTINGS if f"{stage}-{precision}" not in USUAL]
 
@@ -49,25 +49,27 @@ def one_two_three(
 
 
 def check_state(found: dict[str, Any], setting: str) -> None:
-    """Within 2%, on each of two ranks; 10% is asked for."""
+    """On each of two ranks, the error is below 2%; the requirement is 10%."""
     stage, precision = setting.split("-")
     for rank in found[setting]:
         assert rank["state"] == pytest.approx(predicted(int(stage), precision, 2).state, rel=0.02)
 
 
 @pytest.mark.parametrize("setting", USUAL)
-def test_the_state_is_what_ranks_hold(two_ranks: dict[str, Any], setting: str) -> None:
+def test_the_planned_state_equals_the_state_of_the_ranks(two_ranks: dict[str, Any], setting: str) -> None:
     check_state(two_ranks, setting)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", REST)
-def test_the_state_is_what_ranks_hold_in_the_other_settings(rest_of_two_ranks: dict[str, Any], setting: str) -> None:
+def test_the_planned_state_equals_the_state_of_the_ranks_in_other_settings(
+    rest_of_two_ranks: dict[str, Any], setting: str
+) -> None:
     check_state(rest_of_two_ranks, setting)
 
 
 @pytest.mark.parametrize("precision", [slow_unless(precision == "bf16", precision) for precision in WEIGHT_BYTES])
-def test_the_bucket_of_stage_3_is_always_held(request: pytest.FixtureRequest, precision: str) -> None:
+def test_stage_3_always_holds_its_bucket(request: pytest.FixtureRequest, precision: str) -> None:
     measured_in = "two_ranks" if f"3-{precision}" in USUAL else "rest_of_two_ranks"
     for rank in request.getfixturevalue(measured_in)[f"3-{precision}"]:
         assert rank["buckets"] == WEIGHT_BYTES[precision] * BUCKET_ELEMENTS
@@ -87,7 +89,7 @@ def test_the_state_of_stage_3_falls_as_one_over_ranks(one_two_three: dict[int, d
 def test_all_but_the_weights_of_stage_2_falls_as_one_over_ranks(
     one_two_three: dict[int, dict[str, Any]], ranks: int
 ) -> None:
-    """Gradients are kept by whole parameters, so one rank of so small a network has more than its share."""
+    """Gradients are kept as whole parameters, so in such a small network one rank has more than its share."""
     weights = predicted(2, "autocast", ranks).weights
     alone = one_two_three[1]["2-autocast"][0]["state"] - weights
     found = [rank["state"] - weights for rank in one_two_three[ranks]["2-autocast"]]
@@ -97,8 +99,8 @@ def test_all_but_the_weights_of_stage_2_falls_as_one_over_ranks(
         assert rank + weights == pytest.approx(predicted(2, "autocast", ranks).state, rel=0.05)
 
 
-def test_the_traffic_is_what_ranks_send(tmp_path: Path) -> None:
-    """Weights and gradients travel in float32 in autocast, and in bf16 with bf16 weights."""
+def test_the_planned_traffic_equals_the_sent_bytes(tmp_path: Path) -> None:
+    """In autocast, weights and gradients travel in float32. With bf16 weights they travel in bf16."""
     settings, path = ["1-autocast", "2-autocast", "1-bf16", "2-bf16"], tmp_path / "traffic.json"
     run_ranks(2, str(PROGRAMS / "planner_traffic.py"), str(path), *settings)
     for setting, sent in json.loads(path.read_text()).items():

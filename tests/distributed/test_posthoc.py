@@ -1,4 +1,4 @@
-"""Averages, snapshots and tools/posthoc_ema.py on real runs: killed, moved to other numbers of ranks, reconstructed."""
+"""Averages, snapshots and tools/posthoc_ema.py on real runs: killed, moved to other ranks, reconstructed."""
 
 import time
 from pathlib import Path
@@ -11,12 +11,13 @@ from jitscale.checkpoints.format import MARKER, Checkpoint, complete_checkpoints
 from jitscale.checkpoints.opening import open_weights
 from jitscale.checkpoints.saving import complete_snapshots
 from jitscale.tracking import read_metrics
+from tests.distributed.programs.zero_parity import largest_difference
 from tests.support import ROOT
 from tests.support.forking import Process
 from tests.support.processes import start_ranks
 from tests.support.runs import BATCH, STEPS, Job, losses
 
-# Without dropout, which is drawn by rank; a snapshot at the steps that cross a multiple of 27 images.
+# Dropout is off, because it is drawn by rank. A step that crosses a multiple of 27 images makes a snapshot.
 SETTINGS = [
     "model.attn_dropout=0",
     "model.proj_dropout=0",
@@ -27,7 +28,7 @@ SETTINGS = [
     "evaluation.weights=power_0.100",
     "tracking.log_every_steps=1",
 ]
-POINTS = [36, 60, 84, 108, 144, 168, 192, 216, 252, 276, 288]  # images; the last one is the end of the run
+POINTS = [36, 60, 84, 108, 144, 168, 192, 216, 252, 276, 288]  # in images; the last one is the end of the run
 GAMMAS = {"power_0.050": 16.972199, "power_0.100": 6.937204}  # arXiv 2312.02696
 
 
@@ -44,17 +45,11 @@ def run(job: Job) -> Path:
 
 
 def reconstruct(run: Path, *options: str, expect: int = 0) -> str:
-    """Run the tool; returns what it printed."""
+    """Run the tool; returns its output."""
     process = Process(["tools/posthoc_ema.py", "--run", str(run), *options], env={"PYTHONPATH": str(ROOT), "PATH": ""})
     said, _ = process.communicate(timeout=60)
     assert process.returncode == expect, said
     return said
-
-
-def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference among the parameters, in the 2-norm."""
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).norm() / (b[name].norm() + 1e-12)) for name in a)
 
 
 def state(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -62,8 +57,8 @@ def state(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return {parameter: checkpoint.tensor(name, parameter) for parameter in checkpoint.shapes}
 
 
-def test_sharded_averages_are_plain_averages(run: Path) -> None:
-    """Recomputed in float64 from the masters that every step's checkpoint holds; with warm-up."""
+def test_sharded_averages_equal_plain_averages(run: Path) -> None:
+    """The averages are recomputed in float64 from the master weights of every step's checkpoint. Warm-up is on."""
     folders = complete_checkpoints(run)
     assert len(folders) == STEPS
     plain: dict[str, dict[str, torch.Tensor]] = {"power_0.050": {}, "power_0.100": {}}
@@ -75,17 +70,20 @@ def test_sharded_averages_are_plain_averages(run: Path) -> None:
             beta = (1 - 1 / step) ** (gamma + 1)
             average = {name: beta * average[name] + (1 - beta) * weights[name].double() for name in average}
         plain[set_name] = {name: t.float() for name, t in average.items()}
-        assert difference(state(folders[-1], set_name), plain[set_name]) < 1e-6
-    # The decay's average of step 1 holds the unknown initial weights, so that it is followed from there.
+        assert largest_difference(state(folders[-1], set_name), plain[set_name]) < 1e-6
+    # The average of the decay contains the unknown initial weights at step 1, so it is followed from there.
     average = {name: t.double() for name, t in state(folders[0], "ema_0.9").items()}
     for step, weights in enumerate(last[1:], 2):
         decay = min(0.9, (1 + step) / (10 + step))
         average = {name: decay * average[name] + (1 - decay) * weights[name].double() for name in average}
-    assert difference(state(folders[-1], "ema_0.9"), {n: t.float() for n, t in average.items()}) < 1e-6
+    assert largest_difference(state(folders[-1], "ema_0.9"), {n: t.float() for n, t in average.items()}) < 1e-6
 
 
-def test_snapshots_are_the_averages_of_their_moment(run: Path) -> None:
-    """Float32, power averages alone, bit-equal to the checkpoint of the same step; at multiples and at the end."""
+def test_snapshots_equal_the_averages_of_the_same_step(run: Path) -> None:
+    """A snapshot holds the power averages only, in float32, bit-equal to the checkpoint of the same step.
+
+    Snapshots are made at the multiples and at the end.
+    """
     snapshots = complete_snapshots(run)
     assert list(snapshots) == POINTS
     for images, folder in snapshots.items():
@@ -93,8 +91,9 @@ def test_snapshots_are_the_averages_of_their_moment(run: Path) -> None:
         assert snapshot.sets == ["power_0.050", "power_0.100"]
         checkpoint = run / f"checkpoints/step_{images // BATCH:08d}"
         for name in snapshot.sets:
-            assert difference(state(folder, name), state(checkpoint, name)) == 0.0
-        # A kill between the two must not lose the snapshot: what the checkpoint has passed is not written again.
+            assert largest_difference(state(folder, name), state(checkpoint, name)) == 0.0
+        # The snapshot is written first: a kill between both must not lose it, because a resume does not write snapshots
+        # before its checkpoint again.
         assert (folder / MARKER).stat().st_mtime_ns < (checkpoint / MARKER).stat().st_mtime_ns
     model = jitscale.load_model(run)
     expected = state(complete_checkpoints(run)[-1], "power_0.100")
@@ -102,8 +101,11 @@ def test_snapshots_are_the_averages_of_their_moment(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_that_goes_on_elsewhere_has_the_same_snapshots(job: Job, run: Path) -> None:
-    """Killed on two ranks anywhere after the first snapshots, some of them after the last checkpoint; three go on."""
+def test_a_killed_run_that_resumes_elsewhere_has_the_same_snapshots(job: Job, run: Path) -> None:
+    """Two ranks are killed anywhere after the first snapshots; some snapshots lie after the last checkpoint.
+
+    Three ranks resume.
+    """
     name = "killed"
     ranks = start_ranks(2, *job.command(name, *SETTINGS, f"checkpoint.every_images={7 * BATCH}"))
     try:
@@ -117,30 +119,35 @@ def test_a_killed_run_that_goes_on_elsewhere_has_the_same_snapshots(job: Job, ru
     written = complete_snapshots(job.folder / name)
     assert len(written) < len(POINTS), "the kill came too late to prove anything"
     checkpoint = Checkpoint(complete_checkpoints(job.folder / name)[-1]).progress.images
-    assert max(written) > checkpoint, "a snapshot must have been written that the checkpoint does not know of"
+    assert max(written) > checkpoint, "a snapshot must lie after the last checkpoint"
     moved = job.train(name, *SETTINGS, "engine.zero_stage=3", world_size=3)
     assert losses(moved) == pytest.approx(losses(read_metrics(run)), rel=1e-5)
     found = complete_snapshots(job.folder / name)
     assert list(found) == POINTS
-    assert len(list((job.folder / name / "snapshots").iterdir())) == len(POINTS), "nothing else is left there"
+    assert len(list((job.folder / name / "snapshots").iterdir())) == len(POINTS), "no other snapshot is left"
     for images, folder in complete_snapshots(run).items():
         ours, theirs = Checkpoint(found[images]), Checkpoint(folder)
         assert ours.progress == theirs.progress
-        assert len(list(found[images].glob("rank_*"))) == (2 if images <= checkpoint else 3), "written again"
+        assert len(list(found[images].glob("rank_*"))) == (2 if images <= checkpoint else 3), (
+            "the snapshot was written again"
+        )
         for set_name in theirs.sets:
-            assert difference(state(found[images], set_name), state(folder, set_name)) < 1e-5
+            assert largest_difference(state(found[images], set_name), state(folder, set_name)) < 1e-5
 
 
-def test_another_batch_size_leaves_no_snapshots_of_the_abandoned_end(job: Job, run: Path) -> None:
-    """From step 12 on with twice the batch: other points, and none of the old ones after the checkpoint."""
+def test_another_batch_size_removes_snapshots_after_the_checkpoint(job: Job, run: Path) -> None:
+    """From step 12 on the batch is twice as large.
+
+    There are new snapshot points, and no old ones after the checkpoint.
+    """
     job.copy("whole", "bigger", steps=12)
     twice = [f"data.batch_size={2 * BATCH}", f"run.max_images={STEPS * BATCH}", "run.max_steps=100"]
     job.train("bigger", *SETTINGS, *twice, "engine.zero_stage=2", world_size=1)
     assert list(complete_snapshots(job.folder / "bigger")) == [36, 60, 84, 108, 144, 168, 192, 216, 264, 288]
 
 
-def test_the_tool_gives_back_what_was_tracked(run: Path, tmp_path: Path) -> None:
-    """And in between what lies between; the files are read as weights, with no config beside them."""
+def test_the_tool_reconstructs_the_tracked_averages(run: Path, tmp_path: Path) -> None:
+    """Widths in between are reconstructed too. The files are read as weights, without a config next to them."""
     printed = reconstruct(run, "--widths", "0.05", "0.075:0.1:0.025", "--output", str(tmp_path / "end"))
     assert "11 snapshots of 36 to 288 images" in printed
     assert sorted(f.name for f in (tmp_path / "end").iterdir()) == [
@@ -152,24 +159,24 @@ def test_the_tool_gives_back_what_was_tracked(run: Path, tmp_path: Path) -> None
     for name in GAMMAS:
         made = open_weights(tmp_path / "end" / f"{name}.safetensors")
         assert made.weight_sets == [name]
-        assert difference(made.network().state_dict(), state(last, name)) < 1e-5
+        assert largest_difference(made.network().state_dict(), state(last, name)) < 1e-5
     between = jitscale.load_model(tmp_path / "end" / "power_0.075.safetensors")
     gamma, average = 10.289116, {n: torch.zeros_like(t).double() for n, t in state(last, "model").items()}
     for step, folder in enumerate(complete_checkpoints(run), 1):
         beta = (1 - 1 / step) ** (gamma + 1)
         average = {n: beta * average[n] + (1 - beta) * t.double() for n, t in state(folder, "model").items()}
     tracked = {n: t.float() for n, t in average.items()}
-    error = difference({n: p.detach() for n, p in between.named_parameters()}, tracked)
+    error = largest_difference({n: p.detach() for n, p in between.named_parameters()}, tracked)
     assert error < 1e-4
-    nearest = min(difference(state(last, name), tracked) for name in GAMMAS)
+    nearest = min(largest_difference(state(last, name), tracked) for name in GAMMAS)
     assert error < nearest / 30, "the widths must differ for this to mean anything"
 
 
-def test_the_tool_looks_back_and_refuses_in_one_line(run: Path, tmp_path: Path) -> None:
+def test_the_tool_reconstructs_earlier_steps_and_refuses_in_one_line(run: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     reconstruct(run, "--widths", "0.1", "--at-images", "144", "--output", str(half))
     made = open_weights(half / "power_0.100.safetensors").network().state_dict()
-    assert difference(made, state(run / "checkpoints/step_00000012", "power_0.100")) < 1e-5
+    assert largest_difference(made, state(run / "checkpoints/step_00000012", "power_0.100")) < 1e-5
     for options, expected in (
         (["--widths", "0.1", "--output", str(half)], "power_0.100.safetensors: exists already"),
         (["--widths", "0.5", "--output", str(half)], "0.5 is no width of a power function"),

@@ -1,4 +1,4 @@
-"""The statistics of real images: computed once, kept, and continued after a kill, by any number of ranks."""
+"""The statistics of real images: computed once, kept, and resumed after a kill, by any number of ranks."""
 
 import json
 import shutil
@@ -16,8 +16,8 @@ from tests.support.processes import run_ranks, start_ranks
 from tests.support.runs import zero_samples
 
 
-def test_real_images_are_computed_once_by_runs_side_by_side(evaluation: Evaluation, alone: dict[str, Any]) -> None:
-    """Both wait while a third one has the lock, as a run that computes has; then one of them computes."""
+def test_concurrent_runs_compute_real_images_once(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+    """Both runs wait while a third one holds the lock, as a computing run does. Then one of them computes."""
     (name,) = (path.name for path in (evaluation.folder / "shards/real_images").iterdir() if path.name.startswith("d"))
     shards = evaluation.folder / "side_by_side_shards"
     shutil.copytree(evaluation.folder / "shards", shards, ignore=shutil.ignore_patterns("real_images"))
@@ -48,8 +48,8 @@ def test_real_images_are_computed_once_by_runs_side_by_side(evaluation: Evaluati
 
 
 @pytest.mark.slow
-def test_real_images_go_on_after_a_kill(evaluation: Evaluation, alone: dict[str, Any]) -> None:
-    """Parts that are there are not made again, by another number of ranks either; the result has the same bits."""
+def test_real_images_resume_after_a_kill(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+    """Finished parts are not computed again, even by another number of ranks. The result is bit-equal."""
     shards = evaluation.folder / "killed_shards"
     images, labels = digit_images(16)
     write_shards(images[:900], labels[:900], shards, samples_per_shard=300, class_names=DIGIT_CLASSES)
@@ -64,21 +64,21 @@ def test_real_images_go_on_after_a_kill(evaluation: Evaluation, alone: dict[str,
         rank.kill()
     for rank in ranks:
         rank.communicate()
-    assert len(list(shards.glob("real_images/*/part_*.npz"))) < 8, "the kill came in the middle"
+    assert len(list(shards.glob("real_images/*/part_*.npz"))) < 8, "the kill came in the middle of the parts"
     shutil.copytree(shards, evaluation.folder / "changed_shards")
     result = evaluation.run("killed", asked, world_size=3)
     assert result == whole
     left = {path.name for path in shards.glob("real_images/*/*")}
-    assert left == {".lock", "statistics.npz", "features.npy", "facts.json"}, "parts are gone in the end"
+    assert left == {".lock", "statistics.npz", "features.npy", "facts.json"}, "the parts are removed at the end"
     (changed,) = (evaluation.folder / "changed_shards").glob(f"real_images/*/{parts[0].name}")
     content = dict(np.load(changed))
     np.savez(changed, **{**content, "features/real_features_sum": content["features/real_features_sum"] + 100.0})
     other = evaluation.run("changed", f"evaluation.reference={evaluation.folder / 'changed_shards'}")
-    assert other["fid_floor"] > whole["fid_floor"], "a part that is there is used as it is"
+    assert other["fid_floor"] > whole["fid_floor"], "a finished part is used without change"
 
 
-def test_real_images_are_kept_where_it_is_possible(evaluation: Evaluation, alone: dict[str, Any]) -> None:
-    """In evaluation.cache_dir; in the run's folder where nothing can be written beside the shards."""
+def test_real_images_are_kept_in_a_writable_folder(evaluation: Evaluation, alone: dict[str, Any]) -> None:
+    """They lie in evaluation.cache_dir, or in the run's folder if the folder of the shards is not writable."""
     shards = evaluation.folder / "unwritable_shards"
     shutil.copytree(evaluation.folder / "shards", shards, ignore=shutil.ignore_patterns("real_images"))
     (shards / "real_images").write_text("a file, where even root can make no folder")
@@ -92,8 +92,8 @@ def test_real_images_are_kept_where_it_is_possible(evaluation: Evaluation, alone
     assert "cannot be used" in run_ranks(1, *command, expect=2)
 
 
-def test_a_bad_reference_image_on_another_rank_is_said(evaluation: Evaluation) -> None:
-    """Its block is rank 1's; rank 0 must neither wait for ever nor lose the message."""
+def test_a_bad_reference_image_on_another_rank_is_reported(evaluation: Evaluation) -> None:
+    """Rank 1 has the block of the bad image. Rank 0 must neither wait for ever nor lose the message."""
     folder = evaluation.folder / "bad_reference"
     shutil.copytree(evaluation.folder / "shards", folder, ignore=shutil.ignore_patterns("real_images"))
     tar = sorted(folder.glob("*.tar"))[0]

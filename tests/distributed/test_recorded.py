@@ -1,4 +1,4 @@
-"""jitscale/recorded.py, and so docs/reference.md, knows what runs record: all of it, and nothing else."""
+"""jitscale/recorded.py, and therefore docs/reference.md, lists exactly the metrics and files of runs."""
 
 import json
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ from tests.support.runs import BATCH, Job
 from tests.support.tools import run_tool
 from tests.support.wandb_records import keys_of
 
-OFTEN = 13 * BATCH  # once, before steps are profiled
-# A run that does all that a run can do.
+OFTEN = 13 * BATCH  # once, before the profile starts
+# A run that uses every feature that records something.
 EVERYTHING = [
     *("--profile", "tracking.wandb=offline", "model.middle_head=1"),
-    "run.max_steps=25",  # a profile ends with step 25, or at the end of a shorter run
+    "run.max_steps=25",  # A profile ends with step 25, or at the end of a shorter run.
     *("progressive.resolutions=[8]", f"progressive.images=[{BATCH}]"),
     *("data.held_out=0.2", f"evaluation.held_out_every_images={OFTEN}"),
     *("ema.power_widths=[0.1]", f"ema.snapshot_every_images={OFTEN}"),
@@ -37,27 +37,29 @@ EVERYTHING = [
     *(f"evaluation.every_images={OFTEN}", "evaluation.few_images=10", f"evaluation.grid_every_images={OFTEN}"),
 ]
 ON_GPUS = {"mfu"}
-# Of Inception, of DINOv2 as the main network, and files that only a kill or another machine leaves.
+# Metrics of Inception and of DINOv2 as the main network. Below: files that only a kill or another machine leaves.
 WITH_OTHER_NETWORKS = {"sfid", "kd_NETWORK", "kd_NETWORK_std"}
 LEFT_BY_A_KILL = {"*/*.partial/*", "**/.*.partial", ".*.partial/**", ".preflight*"}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of that run, after an evaluation and with the page about it."""
+    """The folder of that run, after an evaluation, with its gallery page."""
     job = Job(tmp_path_factory.mktemp("recorded"))
-    (job.folder / "shards/real_images").touch()  # a file: the statistics of real images must lie in the run's folder
+    (
+        job.folder / "shards/real_images"
+    ).touch()  # This is a file, so the statistics of real images lie in the run's folder.
     job.train("run", *EVERYTHING, world_size=1)
     folder = job.folder / "run"
     run_ranks(1, "-m", "jitscale.evaluate", "--run-dir", str(folder))
     assert run_tool("gallery", folder).code == 0
-    Attempts.begin(folder, position=0)  # as a Slurm job's supervisor
-    watch = HangWatch(1000.0, folder / "stacks_rank_00000.txt")  # as while the run is at work
+    Attempts.begin(folder, position=0)  # A Slurm job's supervisor does this.
+    watch = HangWatch(1000.0, folder / "stacks_rank_00000.txt")  # This file exists while the run is at work.
     yield folder
     watch.close()
 
 
-def test_all_that_a_run_records_has_an_entry(run: Path) -> None:
+def test_every_record_of_a_run_has_an_entry(run: Path) -> None:
     check_recorded(run)
     logged = (*STEP_METRICS, *HELD_OUT_METRICS, *WANDB_RECORDS)
     assert unknown(keys_of(run), logged) == set()
@@ -78,7 +80,7 @@ def test_every_entry_is_recorded_by_some_run(run: Path) -> None:
     assert {one.path for one in FILES if not matching(one.path, files)} == LEFT_BY_A_KILL
 
 
-def test_what_has_no_entry_is_found(tmp_path: Path) -> None:
+def test_a_record_without_an_entry_is_found(tmp_path: Path) -> None:
     check_recorded(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss_t3": 1.0, "speed": 2.0}\n')
     with pytest.raises(AssertionError, match=r"\{'speed'\} is in no list of jitscale/recorded\.py"):

@@ -1,4 +1,4 @@
-"""What ranks share, through real processes."""
+"""Communication between ranks in real processes."""
 
 from pathlib import Path
 

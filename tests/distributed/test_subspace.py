@@ -46,7 +46,7 @@ def whole(job: Job) -> Path:
 
 
 def kept(job: Job) -> Path:
-    """The file that the first run has kept next to the shards."""
+    """The file that the first run wrote next to the shards."""
     (file,) = (job.folder / "shards/real_images").glob("subspace_*.safetensors")
     return file
 
@@ -79,7 +79,7 @@ def test_every_weight_set_holds_it_and_no_moment(job: Job, whole: Path) -> None:
     assert checkpoint.tensor("model", "x_embedder.proj1.weight").isfinite().all()
 
 
-def test_it_is_not_trained_but_all_else_is(job: Job, whole: Path) -> None:
+def test_all_weights_except_the_subspace_are_trained(job: Job, whole: Path) -> None:
     first, end = (Checkpoint(complete_checkpoints(whole)[index]) for index in (0, -1))
     same = [name for name in first.shapes if torch.equal(first.tensor("model", name), end.tensor("model", name))]
     assert same == ["subspace"]
@@ -91,7 +91,10 @@ def test_it_is_not_trained_but_all_else_is(job: Job, whole: Path) -> None:
 def test_a_resume_elsewhere_takes_it_from_the_checkpoint(
     job: Job, whole: Path, world_size: int, stage: int, precision: str
 ) -> None:
-    """In float32 also where weights are bf16; what is kept next to the shards and diffusion.subspace are not needed."""
+    """The subspace is float32, also with bf16 weights.
+
+    The file next to the shards and diffusion.subspace are not needed.
+    """
     name, expected = f"elsewhere_{world_size}_{stage}", subspace(job)
     job.copy("whole", name, steps=12)
     path = kept(job)
@@ -111,8 +114,8 @@ def training(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
     return [line for line in metrics if "loss" in line]
 
 
-def test_other_values_than_those_of_the_checkpoint_are_refused(job: Job, whole: Path) -> None:
-    """Those of another shape are those of a run's first resolution: they are ignored."""
+def test_a_subspace_that_differs_from_the_checkpoint_is_refused(job: Job, whole: Path) -> None:
+    """A subspace of another shape belongs to the run's first resolution: it is ignored."""
     job.copy("whole", "other_values", steps=12)
     other = job.folder / "other.safetensors"
     write_subspace(other, random_subspace(48, RANK, 0), {})
@@ -128,8 +131,8 @@ def test_other_values_than_those_of_the_checkpoint_are_refused(job: Job, whole: 
     assert "the weights belong to another network (diffusion.rank: 5 -> 6)" in said
 
 
-def test_a_new_run_begins_with_the_subspace_of_its_initial_weights(job: Job, whole: Path) -> None:
-    """Not with one that its own seed would choose; a file that is named gives its own."""
+def test_a_new_run_takes_the_subspace_of_its_initial_weights(job: Job, whole: Path) -> None:
+    """The subspace that the run's own seed would give is not used. A named file provides its own subspace."""
     files = set((job.folder / "shards/real_images").iterdir())
     more = ["run.seed=1", "run.max_steps=2", f"run.init_from={whole}", "run.init_weights=power_0.200"]
     job.train("begun", *SETTINGS, *more, f"evaluation.guide={whole}", "evaluation.guidance_scale=2")
@@ -157,7 +160,7 @@ def test_a_rollback_keeps_it(job: Job, whole: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_form_of_the_weights_holds_it(job: Job, whole: Path, tmp_path: Path) -> None:
-    """safetensors, a Hugging Face folder, a run again, and averages after the run: bit by bit the same network."""
+    """The network is bit-equal in safetensors, in a Hugging Face folder, in another run and in post-hoc averages."""
     expected, config = subspace(job), job.folder / "whole/config.yaml"
     original = jitscale.load_model(whole, "ema_0.9")
     images = jitscale.sample(original, [1, 2], steps=3)

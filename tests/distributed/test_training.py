@@ -1,4 +1,4 @@
-"""`python -m jitscale.train` in real processes: resume after SIGKILL or elsewhere, signals, mistakes."""
+"""`python -m jitscale.train` in real processes: resumes after SIGKILL or on other ranks, signals, user mistakes."""
 
 import gzip
 import json
@@ -42,8 +42,8 @@ def test_metrics_of_a_step(unbroken: list[dict[str, Any]]) -> None:
     assert line["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_profile_of_its_last_steps(job: Job, unbroken: list[dict[str, Any]]) -> None:
-    """From step 20 on; that it changes nothing is what every comparison with this run says."""
+def test_the_last_steps_can_be_profiled(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    """The profile starts at step 20. Every comparison with this run also shows that profiling changes nothing."""
     folder = job.folder / "unbroken/profile"
     table = (folder / "kernels.txt").read_text()
     assert "Self CPU time total" in table
@@ -60,7 +60,7 @@ def test_config_is_dumped_into_the_run(job: Job, unbroken: list[dict[str, Any]])
 
 
 def test_resume_after_sigkill_is_the_same_command(job: Job, unbroken: list[dict[str, Any]]) -> None:
-    """Killed anywhere, with dropout: the same batches, the same losses, bit-equal state at the end."""
+    """The run is killed anywhere, with dropout. Batches and losses are equal, and the final state is bit-equal."""
     ranks = start_ranks(2, *job.command("killed"))
     metrics = wait_for_steps(ranks, job.folder / "killed", 10)
     for rank in ranks:
@@ -77,7 +77,7 @@ def test_resume_after_sigkill_is_the_same_command(job: Job, unbroken: list[dict[
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "stage"), [(2, 3), (3, 2), (1, 1), (1, 0), (2, 0)])
 def test_resume_elsewhere(job: Job, world_size: int, stage: int) -> None:
-    """Another number of ranks, another stage, without dropout (which is drawn by rank)."""
+    """The number of ranks and the stage change. Dropout is off, because it is drawn by rank."""
     still = ["model.attn_dropout=0", "model.proj_dropout=0"]
     if not (job.folder / "still").exists():
         job.train("still", *still)
@@ -88,7 +88,7 @@ def test_resume_elsewhere(job: Job, world_size: int, stage: int) -> None:
 
 
 def test_another_batch_size_reads_the_same_sequence(job: Job, unbroken: list[dict[str, Any]]) -> None:
-    """Twice the batch from the middle on: the run ends at the same number of images, after fewer steps."""
+    """The batch is twice as large from the middle on. The run ends at the same number of images, after fewer steps."""
     job.copy("unbroken", "bigger", steps=12)
     images = STEPS * BATCH
     metrics = job.train("bigger", f"data.batch_size={2 * BATCH}", f"run.max_images={images}", "run.max_steps=100")
@@ -96,8 +96,8 @@ def test_another_batch_size_reads_the_same_sequence(job: Job, unbroken: list[dic
     assert metrics[-1]["images"] == images
 
 
-def test_loading_is_exact(job: Job, unbroken: list[dict[str, Any]]) -> None:
-    """Load at the end of a run and save again: bit-equal (all stages and numbers of ranks: test_resume.py)."""
+def test_loading_and_saving_again_is_exact(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    """Load at the end of a run and save again: the state is bit-equal. test_resume.py covers all stages and ranks."""
     for world_size, stage in ((2, 2), (3, 3)):
         name = f"loaded_{world_size}_{stage}"
         job.copy("unbroken", name, steps=STEPS - 4)
@@ -130,7 +130,7 @@ def damage(folder: Path, every: int) -> int:
 
 
 def test_bad_images_are_replaced_counted_and_do_not_break_a_resume(job: Job) -> None:
-    """On another number of ranks, with workers, the same images stand in and the same number is reported."""
+    """The number of ranks changes, and there are workers. The replacements and their number are the same."""
     shutil.copytree(job.folder / "shards", job.folder / "dirty_shards")
     assert damage(job.folder / "dirty_shards", 40) == 4
     dirty = [f"data.shards={job.folder / 'dirty_shards'}", "model.attn_dropout=0", "model.proj_dropout=0"]
@@ -142,7 +142,7 @@ def test_bad_images_are_replaced_counted_and_do_not_break_a_resume(job: Job) -> 
     counts = [line["bad_samples"] for line in whole]
     assert [line["bad_samples"] for line in moved] == counts
     assert counts == sorted(counts)
-    assert 4 * 3 < counts[-1] <= 4 * 6  # 288 images are 3.8 epochs; a stand-in may be bad as well
+    assert 4 * 3 < counts[-1] <= 4 * 6  # 288 images are 3.8 epochs. A replacement may be bad as well.
 
 
 def test_too_many_bad_images_end_all_ranks_together(job: Job) -> None:
@@ -159,7 +159,7 @@ def test_too_many_bad_images_end_all_ranks_together(job: Job) -> None:
     assert "--verify" in said[0]
 
 
-def test_other_shards_are_refused_unless_a_new_epoch_is_asked_for(job: Job, unbroken: list[dict[str, Any]]) -> None:
+def test_other_shards_are_refused_unless_a_new_epoch_is_requested(job: Job, unbroken: list[dict[str, Any]]) -> None:
     images = np.random.default_rng(1).integers(0, 256, (40, 16, 16, 3), np.uint8)
     write_shards(images, np.arange(40) % 10, job.folder / "new_shards", samples_per_shard=20)
     job.copy("unbroken", "renewed", steps=12)
@@ -171,13 +171,13 @@ def test_other_shards_are_refused_unless_a_new_epoch_is_asked_for(job: Job, unbr
     renewed = Checkpoint(complete_checkpoints(job.folder / "renewed")[-1]).progress.data
     assert renewed is not None
     assert renewed["origin"] == 12 * BATCH
-    job.train("renewed", *new, "data.accept_new_shards=true")  # goes on in that epoch, and begins no other
+    job.train("renewed", *new, "data.accept_new_shards=true")  # The run continues in that epoch, and starts no new one.
     assert Checkpoint(complete_checkpoints(job.folder / "renewed")[-1]).progress.data == renewed
     assert len(losses(read_metrics(job.folder / "renewed"))) == STEPS
 
 
 def test_remote_shards_give_the_same_run(job: Job, unbroken: list[dict[str, Any]], tmp_path: Path) -> None:
-    """From an HTTP server, through a cache that both ranks share; each shard is fetched once."""
+    """The shards come from an HTTP server, through a cache that both ranks share. Each shard is fetched once."""
     fetched: list[str] = []
     with serving(job.folder / "shards", fetched) as address:
         remote = [f"data.shards={address}", f"data.cache_dir={tmp_path / 'cache'}"]
@@ -194,7 +194,7 @@ def test_a_finished_run_has_nothing_left_to_do(job: Job, unbroken: list[dict[str
 
 
 def test_user_mistakes_are_one_line_and_exit_code_2(job: Job, unbroken: list[dict[str, Any]]) -> None:
-    """Each in its own process, all at once."""
+    """Each mistake has its own process; all processes run at the same time."""
     cut = job.folder / "cut"
     shutil.copytree(job.folder / "shards", cut)
     tar = sorted(cut.glob("*.tar"))[1]
@@ -279,13 +279,14 @@ def test_a_missing_key_of_wandb_ends_all_ranks_before_the_first_step(
     (said,) = [line for line in outputs[0].splitlines() if line.startswith("error: ")]
     assert said.startswith("error: tracking.wandb=online: no API key for https://")
     assert "Traceback" not in outputs[0] + outputs[1]
-    assert not (job.folder / "without_a_key/config.yaml").exists(), "nothing has begun"
+    assert not (job.folder / "without_a_key/config.yaml").exists(), "the run has not begun"
 
 
-def test_start_from_weights_that_exist(job: Job, unbroken: list[dict[str, Any]]) -> None:
-    """`run.init_from` with and without the averages, from a run; a resumed run does not look at it again."""
+def test_a_run_starts_from_existing_weights(job: Job, unbroken: list[dict[str, Any]]) -> None:
+    """`run.init_from` names a run, with and without the averages. A resumed run does not read it again."""
     source = Checkpoint(complete_checkpoints(job.folder / "unbroken")[-1])
-    still = ["optim.lr=1e-30", "optim.warmup_images=0", "run.max_steps=1"]  # the weights do not move
+    # The learning rate is so small that the weights do not change.
+    still = ["optim.lr=1e-30", "optim.warmup_images=0", "run.max_steps=1"]
     origin = f"run.init_from={job.folder / 'unbroken'}"
 
     def begun(run: str, *overrides: str, world_size: int = 1) -> Checkpoint:

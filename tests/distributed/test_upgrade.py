@@ -1,4 +1,4 @@
-"""From one resolution to another between jobs of other stages and ranks, and inside one run."""
+"""From one resolution to another: between jobs of other stages and ranks, and inside one run."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ PROGRESSIVE = [*STILL, *RESIZED, "progressive.resolutions=[16]", f"progressive.i
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """With shards of 32 px, which a network of 16 px reads at half the size."""
+    """A run with shards of 32 px, which a network of 16 px reads at half the size."""
     found = Job(tmp_path_factory.mktemp("upgrade"))
     images = np.random.default_rng(0).integers(0, 256, (75, 32, 32, 3), np.uint8)
     write_shards(images, np.arange(75) % 10, found.folder / "large", samples_per_shard=20)
@@ -58,7 +58,7 @@ def losses(metrics: list[dict[str, Any]]) -> list[float]:
     return [line["loss"] for line in metrics]
 
 
-def test_stage_3_on_three_ranks_goes_on_in_stage_1_on_two(job: Job, low: list[dict[str, Any]]) -> None:
+def test_stage_3_on_three_ranks_is_upgraded_to_stage_1_on_two(job: Job, low: list[dict[str, Any]]) -> None:
     elsewhere = train(job, "low_3", *STILL, "engine.zero_stage=3", world_size=3)
     assert losses(elsewhere) == pytest.approx(losses(low), rel=1e-5)
     assert "self-check of ema_0.9" in upgrade(job, "low_3", "high_3")
@@ -69,8 +69,8 @@ def test_stage_3_on_three_ranks_goes_on_in_stage_1_on_two(job: Job, low: list[di
     assert losses(moved) == pytest.approx(losses(train(job, "high", *STILL, *HIGH)), rel=1e-5)
 
 
-def test_one_progressive_run_is_the_chain(job: Job, low: list[dict[str, Any]]) -> None:
-    """And stopped in the second stage it goes on there."""
+def test_one_progressive_run_equals_the_chain_of_jobs(job: Job, low: list[dict[str, Any]]) -> None:
+    """A run that is stopped in its second stage resumes there."""
     if not (job.folder / "high").exists():
         upgrade(job, "low", "high")
         train(job, "high", *STILL, *HIGH)
@@ -91,7 +91,7 @@ def test_one_progressive_run_is_the_chain(job: Job, low: list[dict[str, Any]]) -
 
 
 def test_a_progressive_run_of_asym_with_a_middle_layer_and_routing(job: Job) -> None:
-    """Its second stage goes on with the lifted subspace, in every set and to the end."""
+    """The second stage continues with the lifted subspace, in every set and to the end."""
     beyond = ["diffusion.prediction=asym", "diffusion.rank=5", "model.middle_head=1"]
     beyond += ["model.route_share=0.5", "model.route_blocks=[1,2]"]
     metrics = train(job, "beyond", *PROGRESSIVE, *beyond)
@@ -114,14 +114,14 @@ def test_a_progressive_run_of_asym_with_a_middle_layer_and_routing(job: Job) -> 
     assert not torch.equal(last.tensor("model", key), first.tensor("model", key))
 
 
-def test_a_later_stage_without_images_is_met_first(job: Job) -> None:
+def test_a_later_stage_without_images_is_refused_at_the_start(job: Job) -> None:
     said = run_ranks(2, *job.command("small", *PROGRESSIVE), expect=2)
     assert "the manifest says 16 pixels a side, model.image_size is 32" in said
     assert not (job.folder / "small/at_16px").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
-def test_no_room_for_the_upgrade(job: Job, low: list[dict[str, Any]]) -> None:
+def test_a_full_disk_during_the_upgrade(job: Job, low: list[dict[str, Any]]) -> None:
     folder: Path = job.folder / "full"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], check=True)

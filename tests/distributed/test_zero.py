@@ -1,6 +1,7 @@
-"""ZeRO stages 0 to 3 with one, two and three ranks against plain torch: the same global batches.
+"""ZeRO stages 0 to 3 on one, two and three ranks against plain torch, with the same global batches.
 
-`make test` runs the stages with shards on two ranks, two of them on one and one on three; `make test-slow` the rest.
+`make test` runs the sharded stages on two ranks, two of them on one rank and one on three. `make test-slow` runs the
+rest.
 """
 
 import json
@@ -14,7 +15,7 @@ from tests.support.processes import PROGRAMS, run_ranks
 from tests.support.slow import slow_unless
 
 STEPS, MANY_STEPS = 20, 50
-# What ranks train in one start, as `STAGE KIND`, by number of ranks.
+# The training runs of one start, as `STAGE KIND`, by number of ranks.
 USUAL = {
     1: ["1 fp32", "2 fp32"],
     2: [
@@ -45,7 +46,7 @@ in_every_stage_on_every_world = pytest.mark.parametrize(
 
 
 class Results:
-    """What came out of the trainings: each start happens when a test first asks for one of its trainings."""
+    """The results of the training runs. A start happens when a test first asks for one of its runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -66,13 +67,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @in_every_stage_on_every_world
-def test_every_stage_on_every_world_is_plain_torch(results: Results, stage: int, ranks: int) -> None:
-    """With gradient accumulation and clipping."""
+def test_every_stage_on_every_world_equals_plain_torch(results: Results, stage: int, ranks: int) -> None:
+    """Gradient accumulation and clipping are on."""
     assert_plain(results.of(ranks, f"{stage} fp32"), results.done[ranks]["plain"], STEPS)
 
 
 @pytest.mark.slow
-def test_every_stage_stays_plain_torch_for_many_steps(tmp_path: Path) -> None:
+def test_every_stage_equals_plain_torch_for_many_steps(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     trainings = [f"{stage} fp32" for stage in STAGES]
     run_ranks(2, str(PROGRAMS / "zero_parity.py"), str(path), str(MANY_STEPS), *trainings)
@@ -83,18 +84,18 @@ def test_every_stage_stays_plain_torch_for_many_steps(tmp_path: Path) -> None:
 
 def assert_plain(run: dict[str, Any], plain: dict[str, Any], steps: int) -> None:
     assert len(run["losses"]) == steps
-    assert run["losses"] == pytest.approx(plain["losses"], rel=1e-6)  # 1e-5 is asked for
+    assert run["losses"] == pytest.approx(plain["losses"], rel=1e-6)  # The requirement is 1e-5.
     assert run["norms"] == pytest.approx(plain["norms"], rel=1e-5)
     assert min(plain["norms"]) > 1.0, "clipping must have had something to clip"
     assert run["weights_off"] < 1e-5
 
 
 @in_every_stage_on_every_world
-def test_averages_in_shards_are_plain_averages(results: Results, stage: int, ranks: int) -> None:
-    """Of the engine's own weights; those of plain torch have been rounded otherwise in each step."""
+def test_averages_split_across_ranks_equal_plain_averages(results: Results, stage: int, ranks: int) -> None:
+    """The reference averages the engine's own weights. Those of plain torch are rounded differently in each step."""
     run = results.of(ranks, f"{stage} fp32")
     assert run["own_ema_off"] == 0.0
-    assert run["own_power_off"] < 2e-7, "its factor is computed in two ways"
+    assert run["own_power_off"] < 2e-7, "the factor is computed in two ways"
     assert run["ema_off"] < 1e-5
     assert run["power_off"] < 1e-5
 
@@ -134,16 +135,16 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight(results: Resu
     assert run["finite"]
 
 
-def test_what_a_step_exchanges_and_waits_for(tmp_path: Path) -> None:
-    """Two ranks, two accumulated micro-batches; with averages, between two log points."""
+def test_the_collectives_and_waits_of_a_step(tmp_path: Path) -> None:
+    """Two ranks accumulate two micro-batches, with averages, between two log points."""
     run_ranks(2, str(PROGRAMS / "step_counts.py"), str(tmp_path / "result.json"))
     results = json.loads((tmp_path / "result.json").read_text())
     assert len(results) == 10
     for name, found in results.items():
         stage = int(name.split()[0])
-        assert found["waits"] == {}, (name, "the host waits for nothing")
+        assert found["waits"] == {}, (name, "the host never waits")
         first, last = found["collectives"]
-        # Where a rank keeps its share of the gradients only, they must be reduced at once: in one bucket here.
+        # If a rank keeps only its share of the gradients, they must be reduced at once. Here they fit into one bucket.
         assert first == ({}, {}, {"allreduce": 1}, {"reduce_scatter_base": 1})[stage], name
         assert last.keys() >= ({"allreduce"} if stage < 3 else {"reduce_scatter_base", "allgather_base"}), name
 
@@ -157,8 +158,8 @@ def test_what_a_step_exchanges_and_waits_for(tmp_path: Path) -> None:
     ],
     ids=["3", "3-compiled", "2"],
 )
-def test_ways_to_compute_change_no_loss(tmp_path: Path, stage: int, ways: tuple[str, ...]) -> None:
-    """Two ranks; padded, compiled and recomputed blocks: whole graphs, the same losses."""
+def test_execution_modes_change_no_loss(tmp_path: Path, stage: int, ways: tuple[str, ...]) -> None:
+    """Two ranks. Padded, compiled and recomputed blocks give whole graphs and the same losses."""
     run_ranks(2, str(PROGRAMS / "executions.py"), str(tmp_path / "result.json"), str(stage), *ways)
     results = json.loads((tmp_path / "result.json").read_text())
     exact = results["plain"]["losses"]
@@ -166,5 +167,5 @@ def test_ways_to_compute_change_no_loss(tmp_path: Path, stage: int, ways: tuple[
     for name, found in results.items():
         assert found["losses"] == pytest.approx(exact, rel=1e-6), name
         assert found["breaks"] == 0
-        # One for each length of the sequence: a recomputed block runs the same one again.
+        # There is one graph for each length of the sequence: a recomputed block runs the same graph again.
         assert found["graphs"] == {"plain": 0, "padded": 0, "compiled": 2, "all": 2}[name], name

@@ -1,4 +1,4 @@
-"""Which network `evaluation.features=auto` stands for, and what is said of a small network on other images."""
+"""The network that `evaluation.features=auto` chooses, and the warning if a small network measures other images."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ FETCH = "on a machine with a network: python tools/fetch_weights.py --output"
 
 
 class SmallDinoV2(DinoV2):
-    """DINOv2 with fewer and narrower blocks, so that its file is written in a moment."""
+    """DINOv2 with fewer and narrower blocks, so that its file is written quickly."""
 
     weights = Published("https://nowhere/small_dinov2.pth", "", "dinov2")
     num_features = 16
@@ -46,7 +46,7 @@ def small_dinov2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Shards of the digits, as a tool marks them and as a user's, and a configuration."""
+    """A configuration, and shards of the digits: marked by the tool that makes them, and without a mark as a user's."""
     images, labels = digit_images(16)
     for name, dataset in (("digits", "digits"), ("own", None)):
         write_shards(images[:40], labels[:40], tmp_path / name, class_names=DIGIT_CLASSES, dataset=dataset)
@@ -68,7 +68,7 @@ def configured(folder: Path, *overrides: str) -> Config:
 
 
 def put(folder: Path, *names: str) -> None:
-    """Files where the published weights of networks belong; which one is chosen does not depend on their content."""
+    """Put files where the published weights of networks belong. The choice does not depend on their content."""
     for name in names:
         (folder / "weights" / PUBLISHED[name].file_name).touch()
 
@@ -82,7 +82,7 @@ def put(folder: Path, *names: str) -> None:
         ("own", (), None),
     ],
 )
-def test_the_images_own_network_comes_first_then_inception(
+def test_auto_prefers_the_images_own_network_then_inception(
     folder: Path, data: str, at_hand: tuple[str, ...], chosen: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -97,23 +97,25 @@ def test_the_images_own_network_comes_first_then_inception(
         assert settled == config
         return
     assert (settled.evaluation.features, missing) == (chosen, "")
-    assert settled.evaluation.more_features == ([] if chosen == "dinov2" else ["dinov2"]), "none is applied twice"
+    assert settled.evaluation.more_features == ([] if chosen == "dinov2" else ["dinov2"]), "no network is used twice"
     assert f"evaluation.features=auto: {chosen} (" in caplog.text
     assert config.evaluation.features == "auto"
 
 
-def test_a_run_keeps_its_network_or_says_that_it_changed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_keeps_its_network_or_reports_the_change(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     config = configured(folder)
     put(folder, "inception", "dinov2")
     (folder / "run").mkdir()
     (folder / "run/config.yaml").write_text(to_yaml(config))
     (folder / "run/result.json").write_text(json.dumps({"protocol": {"features": "dinov2"}}))
-    assert settle_features(config)[0].evaluation.features == "dinov2", "of the result, where the settings name none"
+    assert settle_features(config)[0].evaluation.features == "dinov2", (
+        "the network of the result, because the settings name none"
+    )
     assert "auto: dinov2 (as before)" in caplog.text
     (folder / "run/config.yaml").write_text(to_yaml(configured(folder, "evaluation.features=dinov2")))
     (folder / "run/result.json").write_text("[")
-    assert settle_features(config)[0].evaluation.features == "dinov2", "of the settings"
+    assert settle_features(config)[0].evaluation.features == "dinov2", "the network of the settings"
     (folder / "weights" / PUBLISHED["dinov2"].file_name).unlink()
     caplog.clear()
     assert settle_features(config)[0].evaluation.features == "inception"
@@ -121,11 +123,11 @@ def test_a_run_keeps_its_network_or_says_that_it_changed(folder: Path, caplog: p
     assert said.startswith("evaluation.features=auto: inception, because the weights of dinov2, which ")
     assert said.endswith(f"distances of the two are not comparable; {FETCH} {folder / 'weights'} dinov2")
     (folder / "run/config.yaml").write_text(to_yaml(configured(folder, "evaluation.features=glyphs")))
-    assert settle_features(config)[0].evaluation.features == "inception", "a network of other images is never kept"
+    assert settle_features(config)[0].evaluation.features == "inception", "a network for other images is never kept"
 
 
-def test_a_small_network_on_other_images_is_said_in_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The mark of the tool that wrote the shards decides; ten classes of the same names are no proof."""
+def test_a_small_network_on_other_images_is_a_one_line_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The mark of the tool that wrote the shards decides. Ten classes with the same names prove nothing."""
     settle_for_training(configured(folder, "evaluation.features=digits", f"data.shards={folder / 'digits'}"))
     assert not caplog.records
     for setting, value in (("features", "digits"), ("features", "glyphs"), ("more_features", "[glyphs]")):
@@ -138,10 +140,10 @@ def test_a_small_network_on_other_images_is_said_in_one_line(folder: Path, caplo
     caplog.clear()
     idle = ["evaluation.at_end=false", "evaluation.every_images=0"]
     settle_for_training(configured(folder, "evaluation.features=glyphs", *idle))
-    assert not caplog.records, "nothing is measured"
+    assert not caplog.records, "without measurements there is no warning"
 
 
-def test_the_mark_survives_and_holds_for_all_shards(folder: Path) -> None:
+def test_the_mark_is_stored_in_the_manifest(folder: Path) -> None:
     assert Manifest.read(folder / "digits/manifest.json").dataset == "digits"
     assert Manifest.read(folder / "own/manifest.json").dataset is None
     assert ShardSet.open(folder / "digits", 10).dataset == "digits"
@@ -161,7 +163,7 @@ def test_the_mark_survives_and_holds_for_all_shards(folder: Path) -> None:
         ({"sigma": np.zeros(64)}, "no statistics of features"),
     ],
 )
-def test_statistics_say_their_network(folder: Path, content: dict[str, Any], chosen: str) -> None:
+def test_statistics_determine_their_network(folder: Path, content: dict[str, Any], chosen: str) -> None:
     put(folder, "inception", "dinov2")
     np.savez(folder / "statistics.npz", **content)
     config = configured(folder, f"evaluation.reference={folder / 'statistics.npz'}")
@@ -172,7 +174,7 @@ def test_statistics_say_their_network(folder: Path, content: dict[str, Any], cho
         assert settle_features(config)[0].evaluation.features == chosen
 
 
-def test_settings_that_do_not_go_with_it(folder: Path) -> None:
+def test_settings_that_conflict_with_auto_are_refused(folder: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"features_file=w\.pth needs the name of its network, and evaluation\.features="
     ):
@@ -181,7 +183,7 @@ def test_settings_that_do_not_go_with_it(folder: Path) -> None:
         configured(folder, "evaluation.features=dinov2", "evaluation.more_features=[dinov2]")
 
 
-def test_a_submission_says_it_before_a_job_waits(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_submission_fails_before_a_job_waits_in_the_queue(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     command = [f"--config={folder / 'config.yaml'}", "--tasks-per-node=1", f"--folder={folder / 'jobs'}", "--dry-run"]
     assert submit.main(command) == 0
     (said,) = [record.getMessage() for record in caplog.records]
@@ -196,7 +198,10 @@ def test_a_submission_says_it_before_a_job_waits(folder: Path, caplog: pytest.Lo
 def test_a_run_without_a_network_is_trained_and_measured_later(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By DINOv2, whose distance is not called FID; preflight and train say the command, and train at its end too."""
+    """DINOv2 measures it; its distance is not called FID.
+
+    Preflight prints the command, train prints it at the start and at the end.
+    """
     command = ["--config", str(folder / "config.yaml")]
     missing = f"{FETCH} {folder / 'weights'} inception; then python -m jitscale.evaluate --run {folder / 'run'}"
     assert run_ranks(1, "-m", "jitscale.launch.preflight", *command).count(missing) == 1
@@ -218,11 +223,12 @@ def test_a_run_without_a_network_is_trained_and_measured_later(
     assert "FD dinov2" in capsys.readouterr().out
     put(folder, "inception")
     assert evaluate.main(["--run", str(folder / "run"), axes, "evaluation.sweep_images=10"]) == 0
-    assert "FID" not in capsys.readouterr().out, "as before, although Inception is there now"
+    assert "FID" not in capsys.readouterr().out, "the network stays the same, although Inception exists now"
     (swept,) = (folder / "run/results").glob("sweep_dinov2_20_*.json")
     assert [row["fd_dinov2"] > 0 for row in json.loads(swept.read_text())["table"]] == [True] * 3
     assert swept.with_suffix(".svg").exists()
-    # The cache of real images tells the main network's arrays from those of the same network as a further one.
+    # The cache of real images distinguishes the arrays of the main network from those of the same network as an
+    # additional one.
     further = ["evaluation.features=digits", "evaluation.more_features=[dinov2]", "evaluation.num_images=10"]
     assert evaluate.main(["--run", str(folder / "run"), *further]) == 0
     assert make_reference.main([*command, "--output", str(folder / "reference.npz")]) == 0

@@ -1,4 +1,4 @@
-"""DINOv2 against numbers computed with transformers 5.23.0, its positions resampled as the published code does."""
+"""DINOv2 against numbers computed with transformers 5.23.0. Positions are resampled as in the published code."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from jitscale.evaluation.dinov2 import DinoV2
 
 
 def arithmetic(network: DinoV2) -> DinoV2:
-    """Weights that are a function of their position, the same everywhere."""
+    """Weights computed from their position, so that they are the same everywhere."""
     with torch.no_grad():
         for name, parameter in network.state_dict().items():
             mixed = (torch.arange(parameter.numel()) + 1 + len(name)) * 2654435761 % 2**32
@@ -18,7 +18,7 @@ def arithmetic(network: DinoV2) -> DinoV2:
     return network.eval()
 
 
-def test_features_are_those_of_the_published_network() -> None:
+def test_features_equal_those_of_the_published_network() -> None:
     index = torch.arange(3 * 224 * 224)
     picture = ((index * index + index // 7) % 256).view(1, 3, 224, 224).to(torch.uint8)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def test_features_are_those_of_the_published_network() -> None:
     assert logits.shape == spatial.shape == (1, 0)
 
 
-def test_names_and_sizes_are_the_published_ones() -> None:
+def test_names_and_sizes_equal_the_published_ones() -> None:
     with torch.device("meta"):
         network = DinoV2()
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The stored digits network on the real digits: what its distance sees and what it ignores."""
+"""The stored digits network on the real digits: which damage its distance sees, and what it ignores."""
 
 import hashlib
 from pathlib import Path
@@ -17,7 +17,7 @@ from jitscale.evaluation.small_networks import DIGITS_HELD_OUT, DigitsFeatures
 from jitscale.parallel import World
 from jitscale.preparation.digits import digit_images
 
-# Every result names this hash. Another file makes distances that do not compare with the earlier ones.
+# Every result names this hash. Distances from another file do not compare with earlier ones.
 DIGITS_SHA256 = "5f12f99d2677e7f00703410b24d12586470479353fd6595ebb7853d962ca0e22"
 
 
@@ -51,14 +51,14 @@ def as_pixels(values: np.ndarray) -> np.ndarray:
     return values.round().clip(0, 255).astype(np.uint8)
 
 
-def test_the_stored_weights_are_the_ones_results_refer_to() -> None:
+def test_the_stored_weights_have_the_hash_that_results_name() -> None:
     assert hashlib.sha256(DigitsFeatures.weights.read_bytes()).hexdigest() == DIGITS_SHA256
     (file,) = network_files(EvaluationConfig(features="digits"), World(0, 1, 0, torch.device("cpu")))
     assert identity_of([file]) == {"features": "digits", "features_sha256": DIGITS_SHA256}
     assert DigitsFeatures.weights.stat().st_size < 300_000
 
 
-def test_network_has_the_shapes_it_announces_and_trains_no_more(network: FeatureNetwork) -> None:
+def test_network_has_its_stated_shapes_and_is_not_trainable(network: FeatureNetwork) -> None:
     features, logits, spatial = network(torch.randint(0, 256, (3, 3, 20, 40), dtype=torch.uint8))
     assert features.shape == (3, network.num_features)
     assert logits.shape == (3, network.num_logits)
@@ -75,7 +75,7 @@ def test_callers_autocast_does_not_change_the_features(network: FeatureNetwork) 
     assert torch.equal(features, network(images)[0])
 
 
-def test_digits_that_never_trained_are_recognised(
+def test_digits_outside_of_the_training_set_are_recognised(
     digits: tuple[np.ndarray, np.ndarray], real: tuple[np.ndarray, np.ndarray]
 ) -> None:
     assert label_agreement(real[1][DIGITS_HELD_OUT], digits[1][DIGITS_HELD_OUT]) >= 0.98
@@ -124,7 +124,7 @@ def test_damage_is_clearly_larger_than_the_floor(
     assert frechet_distance(embed(network, changed)[0], embed(network, images)[0]) > least * floor
 
 
-def test_more_damage_is_further_away(
+def test_more_damage_gives_a_larger_distance(
     network: FeatureNetwork, digits: tuple[np.ndarray, np.ndarray], real: tuple[np.ndarray, np.ndarray]
 ) -> None:
     blurred = [as_pixels(gaussian_filter(digits[0].astype(np.float64), (0, s, s, 0))) for s in (0.5, 1.0, 2.0)]
@@ -132,7 +132,9 @@ def test_more_damage_is_further_away(
     assert 0.0 < distances[0] < distances[1] < distances[2]
 
 
-def test_resolution_hardly_matters(network: FeatureNetwork, real: tuple[np.ndarray, np.ndarray], floor: float) -> None:
+def test_the_resolution_hardly_changes_the_distance(
+    network: FeatureNetwork, real: tuple[np.ndarray, np.ndarray], floor: float
+) -> None:
     at_64, _ = embed(network, digit_images(64)[0])
     assert frechet_distance(at_64, real[0]) < 0.02 * floor
 
@@ -145,10 +147,11 @@ def test_larger_images_are_averaged_and_not_sampled(network: FeatureNetwork) -> 
     assert (stripes - grey).norm() < 0.1 * (black - grey).norm()
 
 
-def test_rounding_to_uint8_hardly_matters(
+def test_rounding_to_uint8_hardly_changes_the_distance(
     network: FeatureNetwork, digits: tuple[np.ndarray, np.ndarray], real: tuple[np.ndarray, np.ndarray], floor: float
 ) -> None:
-    offsets = np.random.default_rng(2).integers(-1, 2, digits[0].shape)  # twice the largest error of rounding
+    # The offsets are twice as large as the largest error of rounding.
+    offsets = np.random.default_rng(2).integers(-1, 2, digits[0].shape)
     assert frechet_distance(embed(network, as_pixels(digits[0] + offsets))[0], real[0]) < 0.05 * floor
 
 
@@ -187,7 +190,7 @@ def test_to_uint8_undoes_the_scaling_and_rounds(dtype: torch.dtype) -> None:
     assert torch.equal(to_uint8(scaled + 0.4 / 127.5), levels)
 
 
-def test_to_uint8_clamps_what_lies_outside() -> None:
+def test_to_uint8_clamps_values_outside_the_range() -> None:
     images = torch.tensor([-7.0, -1.0, 1.0, 7.0]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
     assert to_uint8(images)[0, 0].flatten().tolist() == [0, 0, 255, 255]
 
@@ -202,7 +205,7 @@ def test_to_uint8_refuses_values_that_are_not_finite(value: float) -> None:
         to_uint8(images, range(64, 68))
 
 
-def test_networks_see_no_tf32() -> None:
+def test_networks_run_without_tf32() -> None:
     class Network(FeatureNetwork):
         def embed(self, images: torch.Tensor) -> Embedding:
             assert not torch.backends.cuda.matmul.allow_tf32

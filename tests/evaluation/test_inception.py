@@ -1,4 +1,4 @@
-"""Inception against numbers computed with the published port (toshas/torch-fidelity 0.3.0) in float32 on a CPU."""
+"""Inception against numbers of the published port (toshas/torch-fidelity 0.3.0), computed in float32 on a CPU."""
 
 import hashlib
 from pathlib import Path
@@ -12,7 +12,7 @@ from jitscale.evaluation.inception import Inception, resize_as_tensorflow_1
 from jitscale.evaluation.networks import find_network
 from jitscale.evaluation.published import Published, verify
 
-# Of the sorted lines "name shape" of all tensors of the published file but the counters of batches.
+# The hash of the sorted lines "name shape" of all tensors of the published file, without the counters of batches.
 NAMES_AND_SHAPES_SHA256 = "d84f693f2abd7fea61cb31c87d3b2f268bf707c1bae1db219afdad3363959cb0"
 # Image size -> features 0, 500, 1000, 1500, 2047, their norm, and logits 0, 500, 1007, for the weights of `arithmetic`.
 PORT = {
@@ -23,7 +23,7 @@ PORT = {
 
 
 def arithmetic(network: Inception) -> Inception:
-    """Weights that are a function of their position, the same everywhere."""
+    """Weights computed from their position, so that they are the same everywhere."""
     with torch.no_grad():
         for name, parameter in network.state_dict().items():
             if name.endswith("conv.weight") or name == "fc.weight":
@@ -34,7 +34,7 @@ def arithmetic(network: Inception) -> Inception:
                 spread = (24.0 / parameter[0].numel()) ** 0.5
                 parameter.copy_(((mixed.double() / 2**32 - 0.5) * spread).view_as(parameter).float())
             elif name == "fc.bias":
-                parameter.fill_(5.0)  # not part of the logits
+                parameter.fill_(5.0)  # The last row is not part of the logits.
     return network.eval()
 
 
@@ -48,7 +48,7 @@ def picture(size: int) -> torch.Tensor:
     return ((index * index + index // 7) % 256).view(1, 3, size, size).to(torch.uint8)
 
 
-def test_names_and_shapes_are_the_published_ones(network: Inception) -> None:
+def test_names_and_shapes_equal_the_published_ones(network: Inception) -> None:
     lines = [f"{k} {tuple(v.shape)}" for k, v in network.state_dict().items() if "num_batches" not in k]
     assert len(lines) == 472
     assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == NAMES_AND_SHAPES_SHA256
@@ -56,8 +56,8 @@ def test_names_and_shapes_are_the_published_ones(network: Inception) -> None:
 
 
 @pytest.mark.parametrize("size", PORT)
-def test_features_and_logits_are_the_ports(network: Inception, size: int) -> None:
-    """Enlarged, as it is, and made smaller."""
+def test_features_and_logits_equal_the_ports(network: Inception, size: int) -> None:
+    """The image is enlarged, kept, and made smaller."""
     with torch.no_grad():
         features, logits, spatial = network(picture(size))
     expected, norm, expected_logits = PORT[size]
@@ -69,8 +69,8 @@ def test_features_and_logits_are_the_ports(network: Inception, size: int) -> Non
     assert logits[0, [0, 500, 1007]].tolist() == pytest.approx(expected_logits, rel=1e-3, abs=1e-3)
 
 
-def test_spatial_features_are_rows_columns_channels(network: Inception) -> None:
-    """Of the branch that ADM's evaluations take; in the order of their files, so that their mu_s fits."""
+def test_spatial_features_are_ordered_by_row_column_channel(network: Inception) -> None:
+    """They come from the branch that ADM's evaluations use, in the order of ADM's files, so that their mu_s matches."""
     seen = []
     hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
@@ -85,19 +85,21 @@ def test_the_resize_starts_at_the_corner() -> None:
     ramp = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 3, 4, 4)
     wide = resize_as_tensorflow_1(ramp, 8)
     assert wide[0, 0, 0].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
-    assert resize_as_tensorflow_1(ramp, 2)[0, 0, 1].tolist() == [0.0, 2.0], "picked, not averaged"
+    assert resize_as_tensorflow_1(ramp, 2)[0, 0, 1].tolist() == [0.0, 2.0], "pixels are picked, not averaged"
     assert resize_as_tensorflow_1(ramp, 4) is ramp
 
 
 def test_weights_are_read_by_hash(network: Inception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the folder that the configuration names; without the counters, which some files leave out."""
+    """The configuration names the folder. The counters of batches are missing, as in some published files."""
     evaluation = EvaluationConfig(features="inception", features_dir=str(tmp_path))
     path = tmp_path / "weights.pth"
     torch.save({k: v for k, v in network.state_dict().items() if "num_batches" not in k}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(Inception, "weights", Published("http://127.0.0.1:9/weights.pth", digest[:8]))
     loaded = find_network("inception", evaluation).load("cpu")
-    assert verify(Published("http://127.0.0.1:9/weights.pth", digest[:8]), tmp_path) == digest, "the whole of it"
+    assert verify(Published("http://127.0.0.1:9/weights.pth", digest[:8]), tmp_path) == digest, (
+        "the full hash is returned"
+    )
     with torch.no_grad():
         assert torch.equal(loaded(picture(64))[0], network(picture(64))[0])
     monkeypatch.setattr(Inception, "weights", Published("http://127.0.0.1:9/weights.pth", "00000000"))

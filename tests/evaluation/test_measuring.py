@@ -1,4 +1,4 @@
-"""What measurements cost and need, and what is said about a configuration before it runs."""
+"""The cost and the needs of measurements, and the warnings about a configuration before it runs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -39,7 +39,9 @@ MEASURED = sorted(
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.1, 1.0), (0.35, 0.8)])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("method", METHODS)
-def test_evaluations_are_counted_as_they_happen(method: str, scale: float, interval: tuple[float, float]) -> None:
+def test_the_counted_evaluations_equal_the_actual_ones(
+    method: str, scale: float, interval: tuple[float, float]
+) -> None:
     sampler = Sampler(method, 10, scale, interval)
     seen: list[torch.Tensor] = []
 
@@ -50,7 +52,7 @@ def test_evaluations_are_counted_as_they_happen(method: str, scale: float, inter
     sampler.sample(network, torch.randn(1, 3, 4, 4), torch.tensor([3]), null_label=7)
     labels = torch.cat(seen).tolist()
     assert sampler.evaluations() == (labels.count(3), labels.count(7))
-    assert labels.count(3) == (19 if method == "heun" else 10), "a multistep method looks once a step"
+    assert labels.count(3) == (19 if method == "heun" else 10), "a multistep method evaluates once a step"
     first = sampler.evaluations(range(4))
     assert tuple(a + b for a, b in zip(first, sampler.evaluations(range(4, 10)), strict=True)) == sampler.evaluations()
 
@@ -68,7 +70,10 @@ def test_a_guided_image_of_the_recipe_costs_62_images_of_training() -> None:
 
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
 def test_every_imagenet_recipe_measures_within_its_bound(path: Path) -> None:
-    """600 epochs: all measuring at most 2%. 40 epochs of fine-tuning: the sweep at most 4%, beside one FID-50K."""
+    """In 600 epochs all measurements cost at most 2%.
+
+    In 40 epochs of fine-tuning the sweep costs at most 4%, besides one FID-50K.
+    """
     config = load_config(path)
     evaluation = config.evaluation
     assert (evaluation.features, evaluation.num_images, evaluation.at_end) == ("inception", 50_000, True)
@@ -81,19 +86,19 @@ def test_every_imagenet_recipe_measures_within_its_bound(path: Path) -> None:
     if path.name.startswith("finetune_"):
         assert images_of_run(config) == pytest.approx(40 * 1_281_167, rel=1e-4)
         assert cost.sweep / cost.trained <= 0.04
-        assert cost.times_in_training == 3, "every 10 epochs; after 40 the final evaluation"
+        assert cost.times_in_training == 3, "every 10 epochs; after 40 epochs only the final evaluation"
         assert cost.pictures / cost.trained == pytest.approx(40 * 80 * 62.3 / (40 * 1_281_167), rel=1e-2)
     else:
         assert sum(map(images_of_run, stages_of(config))) == pytest.approx(600 * 1_281_167, rel=1e-4)
         assert cost.share <= 0.02
-        assert cost.times_in_training == 11, "every 50 epochs; after 600 the final evaluation"
+        assert cost.times_in_training == 11, "every 50 epochs; after 600 epochs only the final evaluation"
         image = 62.3 if evaluation.method == "heun" else (50 + 44) / 3
         assert cost.pictures == pytest.approx(120 * 80 * image, rel=1e-2)
     assert "x 5,000 images during training" in str(cost)
 
 
-def test_measuring_is_compared_with_what_routing_leaves_of_training() -> None:
-    """JiT-B with half of the tokens routed for three quarters of its images."""
+def test_the_share_of_measuring_counts_training_with_routing() -> None:
+    """JiT-B routes half of its tokens for three quarters of its images."""
     config = load_config(CONFIGS / "jit_b_256.yaml", ["model.route_share=0.5", "run.route_until_images=576525150"])
     whole = load_config(CONFIGS / "jit_b_256.yaml")
     cost, without = measuring_cost(config), measuring_cost(whole)
@@ -103,7 +108,10 @@ def test_measuring_is_compared_with_what_routing_leaves_of_training() -> None:
 
 
 def test_the_sweep_counts_shared_steps_once() -> None:
-    """Scales of one average and interval share the steps before guidance: at 10 Euler steps from t = 0.35 on, four."""
+    """Scales of one average and one interval share the steps before guidance.
+
+    Of 10 Euler steps from t = 0.35 on, four are shared.
+    """
     settings = ["evaluation.method=euler", "evaluation.steps=10", "evaluation.guidance_interval=[0.35,1.0]"]
     config = load_config(CONFIGS / "jit_b_256.yaml", [*settings, 'evaluation.sweep=["guidance=1,2,3"]'])
     cost = measuring_cost(config)
@@ -111,7 +119,10 @@ def test_the_sweep_counts_shared_steps_once() -> None:
 
 
 def test_a_sweep_of_internal_guidance_costs_no_more_than_its_points() -> None:
-    """Points of one internal scale share the steps before guidance, those of another do not; evaluations as before."""
+    """Points of one internal scale share the steps before guidance; points of different scales do not.
+
+    Evaluations are shared as before.
+    """
     settings = ["evaluation.method=ab2", "evaluation.steps=10", "evaluation.guidance_interval=[0.35,1.0]"]
     axes = 'evaluation.sweep=["guidance=1,2,3","internal=1,1.5"]'
     cost = measuring_cost(load_config(CONFIGS / "jit_b_256.yaml", [*settings, "model.middle_head=4", axes]))
@@ -149,7 +160,7 @@ def test_a_sweep_of_internal_guidance_costs_no_more_than_its_points() -> None:
         ([], None),
     ],
 )
-def test_what_is_missing_is_known_beforehand(tmp_path: Path, overrides: list[str], message: str | None) -> None:
+def test_missing_parts_are_reported_before_the_run(tmp_path: Path, overrides: list[str], message: str | None) -> None:
     write_shards(*digits(20), tmp_path / "shards")
     settings = ["model.num_classes=10", "model.image_size=8", "model.patch_size=4", "evaluation.at_end=true"]
     settings += ["ema.decays=[0.9]", "evaluation.weights=ema_0.9", "evaluation.features=digits", "run.max_steps=20"]
@@ -163,12 +174,15 @@ def test_what_is_missing_is_known_beforehand(tmp_path: Path, overrides: list[str
         with pytest.raises(UserError, match=message):
             measurable_config(config, world)
     config.evaluation.at_end = False
-    assert measurable_config(config, world) == config, "nothing is asked for where nothing is measured"
+    assert measurable_config(config, world) == config, "without measurements nothing is needed"
     assert not (tmp_path / "run").exists()
 
 
-def test_few_images_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Fewer than the 64 dimensions of the digits network; of a sweep and on the way too."""
+def test_too_few_images_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """63 and 10 images are fewer than the 64 dimensions of the digits network.
+
+    The warning covers sweeps and measurements on the way.
+    """
     write_shards(*digits(20), tmp_path / "shards")
     (tmp_path / "config.yaml").write_text("run: {max_images: 400}")
     settings = ["model.num_classes=10", "model.image_size=8", "model.patch_size=4", "evaluation.at_end=true"]
@@ -188,8 +202,8 @@ def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
     return images[:count], labels[:count]
 
 
-def test_the_average_that_is_still_the_start() -> None:
-    """0.9999^6931 is a half; with a warm-up, or averages taken over, nothing is known."""
+def test_the_warning_about_an_average_that_is_mostly_initial_weights() -> None:
+    """0.9999^6931 is one half. With warm-up, or with averages from another run, the share is unknown."""
     config = load_config(CONFIGS / "jit_b_256.yaml")
     assert start_caution(config, "ema_0.9999", 6932) is None
     said = start_caution(config, "ema_0.9999", 60)
@@ -225,7 +239,7 @@ def test_the_average_that_is_still_the_start() -> None:
         ("jit_b_256", "model.attn_dropout=0", None),
     ],
 )
-def test_cautions(config: str, override: str, said: str | None) -> None:
+def test_warnings_about_settings(config: str, override: str, said: str | None) -> None:
     loaded = load_config(CONFIGS / f"{config}.yaml", [override])
     found = cautions(loaded, images_of_run(loaded))
     assert len(found) == (said is not None)
@@ -233,7 +247,7 @@ def test_cautions(config: str, override: str, said: str | None) -> None:
 
 
 def test_random_labels_follow_the_counts() -> None:
-    """By seed and id alone; a class without samples is never asked for."""
+    """A label depends on seed and id alone. A class without samples never appears."""
     drawn = random_labels(range(4000), 3, [10, 0, 30])
     assert torch.equal(random_labels([17, 5], 3, [10, 0, 30]), drawn[[17, 5]])
     assert not torch.equal(random_labels(range(4000), 4, [10, 0, 30]), drawn)
@@ -244,10 +258,11 @@ def test_random_labels_follow_the_counts() -> None:
         random_labels([0], 0, [0, 0])
 
 
-def test_statistics_of_parts_are_those_of_the_whole() -> None:
-    """Also where the mean is large and the covariance singular; in any split, and the distance with them."""
+def test_merged_statistics_of_parts_equal_those_of_the_whole() -> None:
+    """The mean may be large and the covariance singular. Any split gives the same statistics and the same distance."""
     random = np.random.default_rng(0)
-    singular = random.normal(0.0, 1.0, (6, 20)).astype(np.float32)  # its roots are as exact as those of round-off
+    # Roots of zero eigenvalues are only as exact as roots of round-off.
+    singular = random.normal(0.0, 1.0, (6, 20)).astype(np.float32)
     for features, digits in ((random.normal(1000.0, 1.0, (300, 8)), 1e-9), (singular, 1e-7)):
         mean, covariance = features.mean(axis=0, dtype=np.float64), np.cov(features.T, dtype=np.float64)
         other = features[::-1] * 1.5
@@ -304,9 +319,9 @@ def test_a_damaged_block_is_computed_again(tmp_path: Path, caplog: pytest.LogCap
     assert compute_all() == whole == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert made == [1, 2, 3, 4]
     assert caplog.text.count("it is computed again") == 4
-    np.savez(files[2], features=np.zeros((1, 50)), labels=np.arange(1))  # of another size
+    np.savez(files[2], features=np.zeros((1, 50)), labels=np.arange(1))  # The size is wrong.
     assert (compute_all(), made) == (whole, [2])
-    np.savez(files[3], other=np.zeros((2, 50)), labels=np.arange(2))  # with other names
+    np.savez(files[3], other=np.zeros((2, 50)), labels=np.arange(2))  # The names are wrong.
     assert (compute_all(), made) == (whole, [3])
     files[0].write_bytes(b"")
 
@@ -318,7 +333,7 @@ def test_a_damaged_block_is_computed_again(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_tars_without_a_manifest_are_not_cached_for_other_runs(tmp_path: Path) -> None:
-    """Other pictures of the same sizes would get their statistics; wherever the cache may be."""
+    """Another run's pictures of the same sizes would get these statistics. This holds for any place of the cache."""
     images, labels = digit_images(16)
     write_shards(images[:20], labels[:20], tmp_path / "shards")
     config = load_config(
@@ -337,8 +352,8 @@ def test_tars_without_a_manifest_are_not_cached_for_other_runs(tmp_path: Path) -
     assert folders(None) == folders(str(asked)) == [own]
 
 
-def test_finished_parts_are_counted_wherever_they_are(tmp_path: Path) -> None:
-    """Statistics of real images grow beside the shards, however their place is written, or in the cache asked for."""
+def test_finished_parts_are_counted_in_any_folder(tmp_path: Path) -> None:
+    """Statistics of real images grow next to the shards, however that path is written, or in the configured cache."""
     for setting, folder in (
         ("data.shards=/data", "run/evaluation/real_images"),
         (f"data.shards={tmp_path}/shards", "shards/real_images"),
@@ -361,7 +376,7 @@ def test_finished_parts_are_counted_wherever_they_are(tmp_path: Path) -> None:
         assert finished_parts(config) == before + 2, setting
 
 
-def test_the_datas_labels_need_data() -> None:
+def test_labels_of_the_data_need_data() -> None:
     config = load_config(CONFIGS / "jit_b_256.yaml", ["evaluation.labels=data", "evaluation.reference=real.npz"])
     with pytest.raises(ConfigError, match=r"evaluation\.labels=data: needs shards, to count their labels"):
         configured_labels(config)
@@ -372,6 +387,7 @@ def test_a_progressive_run_is_measured_in_every_stage() -> None:
     alone = replace(config, progressive=type(config.progressive)())
     whole, last = (measuring_cost(one) for one in (config, alone))
     assert (whole.trained, last.trained) == (768_700_200, 384_350_100)
-    # 200 epochs at 64 px, 100 at 128 px: 4 and 2 measurements; 300 epochs at 256 px: 5, and the final evaluation.
+    # 200 epochs at 64 px have 4 measurements, and 100 epochs at 128 px have 2. 300 epochs at 256 px have 5, and the
+    # final evaluation.
     assert (whole.times_in_training, last.times_in_training) == (4 + 2 + 5, 5)
     assert (whole.sweep, whole.final) == (last.sweep, last.final)

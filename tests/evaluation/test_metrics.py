@@ -34,7 +34,7 @@ def test_frechet_distance_equals_the_matrix_root_of_scipy() -> None:
 
 
 def closed_form(a: np.ndarray, b: np.ndarray) -> float:
-    """From all features at once, by numpy alone, without sums that are merged."""
+    """The distance from all features at once, with numpy alone, without merged sums."""
     cov_a, cov_b = (np.cov(features, rowvar=False, dtype=np.float64) for features in (a, b))
     values, vectors = np.linalg.eigh(cov_b)
     root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
@@ -45,7 +45,7 @@ def closed_form(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def twelve_decades(images: int, seed: int) -> np.ndarray:
-    """Of 64 features whose variances along common axes fall from 1 to 1e-12."""
+    """64 features, whose variances along common axes fall from 1 to 1e-12."""
     axes = scipy.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0]
     return (np.random.default_rng(seed).standard_normal((images, 64)) * np.logspace(0, -6, 64)) @ axes.T
 
@@ -53,9 +53,11 @@ def twelve_decades(images: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("a", "b", "round_off"),
     [
-        (correlated_features(2500, 24, 0), correlated_features(1200, 24, 1, shift=0.5), 0.0),  # several blocks
+        # These are several blocks.
+        (correlated_features(2500, 24, 0), correlated_features(1200, 24, 1, shift=0.5), 0.0),
         (correlated_features(300, 24, 0) + 1000.0, correlated_features(200, 24, 1) + 1000.0, 0.0),
-        # In blocks: where eigenvalues are zero, a root is as exact as the root of round-off. The closed form itself
+        # These are blocks too. If eigenvalues are zero, a root is only as exact as the root of round-off. The closed
+        # form itself changes as much if the order of the images changes.
         # changes as much if the images are put in another order.
         (correlated_features(40, 64, 2), correlated_features(40, 64, 3), 1e-8),
         (correlated_features(40, 64, 2), correlated_features(400, 64, 3), 1e-8),
@@ -65,7 +67,7 @@ def twelve_decades(images: int, seed: int) -> np.ndarray:
     ],
     ids=["well", "large_mean", "singular", "singular_and_full", "equal_singular", "ill", "equal_ill"],
 )
-def test_frechet_distance_is_that_of_the_closed_form(a: np.ndarray, b: np.ndarray, round_off: float) -> None:
+def test_frechet_distance_equals_the_closed_form(a: np.ndarray, b: np.ndarray, round_off: float) -> None:
     exact = closed_form(a, b)
     assert frechet_distance(a, b) == pytest.approx(exact, rel=1e-9)
     from_statistics = FrechetDistance.from_statistics(b.mean(axis=0, dtype=np.float64), np.cov(b.T, dtype=np.float64))
@@ -73,7 +75,7 @@ def test_frechet_distance_is_that_of_the_closed_form(a: np.ndarray, b: np.ndarra
     assert float(from_statistics.compute()) == pytest.approx(exact, rel=1e-9)
     expected = pytest.approx(exact, rel=1e-9, abs=round_off * np.cov(b.T).trace())
     for _ in range(2):
-        from_statistics.reset()  # keeps the real features
+        from_statistics.reset()  # The reset keeps the real features.
         for block in np.array_split(a, 7):
             from_statistics.update(block, real=False)
         assert float(from_statistics.compute()) == expected
@@ -87,9 +89,10 @@ def test_frechet_distance_of_a_set_to_itself_is_zero() -> None:
 def test_frechet_distance_of_two_gaussians_in_closed_form() -> None:
     mean_a, mean_b = np.array([0.0, 1.0, 2.0]), np.array([1.0, 1.0, 0.0])
     std_a, std_b = np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 0.5])
-    rotation = scipy.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]  # common, so that A and B commute
+    # Both matrices share this rotation, so that A and B commute.
+    rotation = scipy.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
     metric = FrechetDistance.from_statistics(mean_b, rotation @ np.diag(std_b**2) @ rotation.T)
-    # Six images with exactly this mean and covariance.
+    # The six images have exactly this mean and covariance.
     metric.update(mean_a + np.sqrt(2.5) * np.concatenate([np.diag(std_a), -np.diag(std_a)]) @ rotation.T, real=False)
     assert float(metric.compute()) == pytest.approx(5.0 + ((std_a - std_b) ** 2).sum(), rel=1e-12)
 
@@ -114,7 +117,7 @@ def test_fewer_images_than_features_are_logged(caplog: pytest.LogCaptureFixture)
     assert "23 images for 24 features" in caplog.text
 
 
-def test_frechet_distance_refuses_what_it_cannot_compare() -> None:
+def test_frechet_distance_refuses_features_that_do_not_compare() -> None:
     features = correlated_features(30, 4, 6)
     with pytest.raises(ValueError, match="do not fit"):
         frechet_distance(features, features[:, :3])
@@ -162,7 +165,8 @@ def test_inception_score_hardly_depends_on_the_order_of_the_images() -> None:
 
 
 def test_inception_score_of_certain_and_of_equal_predictions() -> None:
-    certain = 1e4 * np.eye(12)[np.arange(40) % 10]  # probabilities underflow to 0; two classes never occur
+    # Here the probabilities underflow to 0, and two classes never occur.
+    certain = 1e4 * np.eye(12)[np.arange(40) % 10]
     assert inception_score(certain, splits=1) == pytest.approx((10.0, 0.0), rel=1e-12)
     assert inception_score(np.zeros((40, 10))) == pytest.approx((1.0, 0.0), rel=1e-12)
 
@@ -172,7 +176,7 @@ def test_inception_score_refuses_fewer_images_than_splits() -> None:
         inception_score(np.zeros((9, 10)))
 
 
-def test_label_agreement_is_the_share_classified_as_asked() -> None:
+def test_label_agreement_is_the_share_classified_as_labelled() -> None:
     logits = np.array([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0], [0.0, 1.0, 2.0], [9.0, 1.0, 2.0]])
     assert label_agreement(logits, np.array([0, 1, 2, 1])) == 0.75
     with pytest.raises(ValueError, match="3 classes"):
@@ -182,7 +186,7 @@ def test_label_agreement_is_the_share_classified_as_asked() -> None:
 
 
 def test_kernel_distance_is_the_unbiased_discrepancy() -> None:
-    """Of all images in one subset: the sums of the definition."""
+    """All images are in one subset. The reference is the sums of the definition."""
     a, b = correlated_features(40, 6, 0), correlated_features(40, 6, 1, shift=0.5)
 
     def kernel(x: np.ndarray, y: np.ndarray) -> float:
@@ -204,7 +208,7 @@ def test_kernel_distance_of_halves_is_zero_in_the_mean() -> None:
     assert kernel_distance(features[::2], features[1::2], subset_size=250) == (same, spread), "seeded"
 
 
-def test_precision_and_recall_are_those_of_plain_loops() -> None:
+def test_precision_and_recall_equal_those_of_plain_loops() -> None:
     generator = np.random.default_rng(0)
     real = generator.standard_normal((60, 3))
     generated = 0.5 * generator.standard_normal((50, 3)) + 0.5
@@ -217,13 +221,13 @@ def test_precision_and_recall_are_those_of_plain_loops() -> None:
     precision, recall = precision_recall(real, generated)
     assert precision == pytest.approx(covered(generated, real))
     assert recall == pytest.approx(covered(real, generated))
-    assert precision > recall, "narrower than the real ones"
+    assert precision > recall, "the generated images are narrower than the real ones"
     assert precision_recall(real, real) == (1.0, 1.0)
     assert precision_recall(real, generated + 100.0) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("metric", [kernel_distance, precision_recall])
-def test_metrics_of_two_sets_refuse_what_does_not_fit(metric: Callable[..., object]) -> None:
+def test_metrics_of_two_sets_refuse_sets_that_do_not_match(metric: Callable[..., object]) -> None:
     good = correlated_features(20, 4, 0)
     for bad in (correlated_features(20, 5, 0), good[:1], good[0], np.full_like(good, np.nan)):
         with pytest.raises(ValueError, match=r"expected features|not finite"):

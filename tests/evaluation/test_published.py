@@ -1,4 +1,4 @@
-"""Published weights come by hash, from a real HTTP server."""
+"""Published weights are checked by hash. They come from a real HTTP server."""
 
 import hashlib
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def url(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("features", ["inception", "auto"])
-def test_it_is_downloaded_once_and_compared(
+def test_weights_are_downloaded_once_and_checked(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: str
 ) -> None:
     monkeypatch.setitem(PUBLISHED, "inception", Published(url, SHA256[:8]))
@@ -38,13 +38,13 @@ def test_it_is_downloaded_once_and_compared(
     file = tmp_path / "weights/weights.pth"
     assert file.read_bytes() == CONTENT
     (tmp_path / "served/weights.pth").unlink()
-    assert main(["--output", str(tmp_path / "weights"), "inception"]) == 0, "it is there already"
+    assert main(["--output", str(tmp_path / "weights"), "inception"]) == 0, "an existing file is not downloaded again"
     file.write_bytes(CONTENT[:-1])
     with pytest.raises(DataError, match=rf"its sha256 begins with .* expected {SHA256[:8]}; remove it"):
         main(["--output", str(tmp_path / "weights"), "inception"])
 
 
-def test_another_content_and_no_network_are_refused(url: str, tmp_path: Path) -> None:
+def test_a_wrong_hash_and_a_missing_network_are_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not the file with sha256 0000"):
         fetch(Published(url, "0000"), tmp_path / "weights")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Whose result.json is: the run's configured final evaluation alone, whichever command measures."""
+"""Only the configured final evaluation of a run writes its result.json, whichever command measures."""
 
 import json
 from pathlib import Path
@@ -43,13 +43,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
 
 
 @pytest.mark.slow
-def test_only_the_configured_evaluation_is_the_result(
+def test_only_the_configured_evaluation_writes_the_result(
     run: tuple[Path, Config], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, config = run
     result, at = folder / "result.json", ["--checkpoint", str(folder)]
     assert evaluate.main(["--run", str(folder), "evaluation.seed=1"]) == 0
-    assert not result.exists(), "another evaluation is none of the run's, even where it has no result"
+    assert not result.exists(), "another evaluation is not the run's result, even if the run has none"
     assert evaluate_fid.main(at) == 0
     written = result.read_bytes()
     assert json.loads(written)["protocol"]["seed"] == 0
@@ -68,7 +68,7 @@ def test_only_the_configured_evaluation_is_the_result(
         command()
         assert result.read_bytes() == written, name
         new = set((folder / "results").glob("*.json")) - before
-        assert len(new) == (0 if name == "fewer images" else 1), f"{name}: kept by its protocol"
+        assert len(new) == (0 if name == "fewer images" else 1), f"{name}: the result is stored under its protocol"
     result.unlink()
     assert evaluate.main(["--run", str(folder)]) == 0
     assert result.read_bytes() == written

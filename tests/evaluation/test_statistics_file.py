@@ -1,4 +1,4 @@
-"""Statistics of others: what fits is read as it is, what cannot be statistics is refused in one line."""
+"""Statistics from other programs: valid files are read unchanged, invalid ones are refused in one line."""
 
 import json
 import pickle
@@ -18,7 +18,7 @@ from jitscale.evaluation.statistics_file import is_statistics, read_statistics
 from tests.support import ROOT
 from tools import make_reference
 
-F = 64  # features of the digits network
+F = 64  # the number of features of the digits network
 FEATURES = np.random.default_rng(0).standard_normal((200, F)) * np.logspace(0, -3, F)
 MU, SIGMA = FEATURES.mean(axis=0), np.cov(FEATURES.T)
 
@@ -34,8 +34,11 @@ def with_entry(row: int, column: int, value: float) -> np.ndarray:
     return changed
 
 
-def test_files_of_others_are_read(tmp_path: Path, digits: list[NetworkFile]) -> None:
-    """Of pytorch-fid; of ADM, with images and spatial statistics; in float32; of fewer images than features."""
+def test_files_of_other_programs_are_read(tmp_path: Path, digits: list[NetworkFile]) -> None:
+    """Files of pytorch-fid, and of ADM with images and spatial statistics.
+
+    They may be float32, or have fewer images than features.
+    """
     few = np.cov(FEATURES[:20].T)
     for name, arrays in (
         ("plain.npz", {"mu": MU, "sigma": SIGMA}),
@@ -53,15 +56,15 @@ def test_files_of_others_are_read(tmp_path: Path, digits: list[NetworkFile]) -> 
         np.testing.assert_array_equal(covariance, arrays["sigma"].astype(np.float64))
         assert found.facts["source"] == name
     (tmp_path / "plain.npz").rename(tmp_path / "imagenet_stats")
-    assert is_statistics(str(tmp_path / "imagenet_stats")), "the content decides"
+    assert is_statistics(str(tmp_path / "imagenet_stats")), "the content of the file decides"
     assert read_statistics(str(tmp_path / "imagenet_stats"), digits).statistics
 
 
 @pytest.mark.parametrize(("said", "channels"), [({}, 3), ({"channels": 1}, 1)])
-def test_files_of_ours_are_of_as_many_channels_as_the_network(
+def test_our_files_must_have_the_channels_of_the_network(
     tmp_path: Path, digits: list[NetworkFile], said: dict[str, int], channels: int
 ) -> None:
-    """Those without a word are of three; what others have written may be of either."""
+    """A file of ours that states no channels has three. A file of others fits networks of either number."""
     facts = json.dumps({"manifest": "0" * 64, **said})
     for name, more in (("ours.npz", {"facts": np.array(facts)}), ("theirs.npz", {})):
         np.savez(tmp_path / name, mu=MU, sigma=SIGMA, **more)
@@ -96,7 +99,7 @@ def test_files_of_ours_are_of_as_many_channels_as_the_network(
         ),
     ],
 )
-def test_what_cannot_be_statistics_is_refused(
+def test_invalid_statistics_are_refused(
     tmp_path: Path, digits: list[NetworkFile], arrays: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "reference.npz"
@@ -127,7 +130,7 @@ def cut(path: Path) -> None:
 
 
 def claiming(path: Path) -> None:
-    """An array whose header asks for 7 EiB."""
+    """An array whose header claims 7 EiB."""
     header = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 999999999)}"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("mu.npy", header.ljust(128, b" "))
@@ -145,7 +148,7 @@ def claiming(path: Path) -> None:
         (claiming, "no statistics of features"),
     ],
 )
-def test_another_kind_of_file_is_named(
+def test_the_kind_of_a_wrong_file_is_named(
     tmp_path: Path, digits: list[NetworkFile], name: str, write: Callable[[Path], None], message: str
 ) -> None:
     path = tmp_path / name
@@ -155,7 +158,7 @@ def test_another_kind_of_file_is_named(
         read_statistics(str(path), digits)
 
 
-def test_tars_folders_and_patterns_are_shards(tmp_path: Path) -> None:
+def test_tars_folders_and_patterns_are_read_as_shards(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "shard.npz", "w") as tar:
         tar.addfile(tarfile.TarInfo("0.png"))
     (tmp_path / "folder.npz").mkdir()
@@ -166,7 +169,7 @@ def test_tars_folders_and_patterns_are_shards(tmp_path: Path) -> None:
     assert is_statistics("https://example.org/imagenet.pkl")
 
 
-def test_statistics_stay_on_this_machine(digits: list[NetworkFile]) -> None:
+def test_remote_statistics_are_refused(digits: list[NetworkFile]) -> None:
     with pytest.raises(DataError, match="copy the file here"):
         read_statistics("https://example.org/imagenet.npz", digits)
 
@@ -182,9 +185,7 @@ def test_statistics_stay_on_this_machine(digits: list[NetworkFile]) -> None:
         ),
     ],
 )
-def test_the_tool_makes_one_kind_of_file_from_shards_alone(
-    tmp_path: Path, output: str, real: str, refusal: str
-) -> None:
+def test_the_tool_writes_statistics_from_shards_only(tmp_path: Path, output: str, real: str, refusal: str) -> None:
     command = ["--config", str(ROOT / "configs/demo.yaml"), "--output", str(tmp_path / output)]
     with pytest.raises(UserError, match=refusal):
         make_reference.main([*command, "evaluation.features=digits", real])

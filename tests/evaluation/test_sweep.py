@@ -1,4 +1,4 @@
-"""What a sweep names, and that sharing the steps before guidance changes nothing and saves what it should."""
+"""The points of a sweep. Sharing the steps before guidance changes no image and saves the expected work."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ def settings_of(axes: list[str], config: Config) -> list[tuple[str, list[float],
     return [(s.weights, s.guidance_interval, s.guidance_scale) for s in sweep_points(config, SETS)]
 
 
-def test_combinations(config: Config) -> None:
+def test_a_sweep_combines_its_axes(config: Config) -> None:
     found = settings_of(["guidance=1.0:2.0:0.5", "ema=all", "interval=0.1:1.0,0.2:0.8"], config)
     own = [
         (interval, scale)
@@ -63,19 +63,19 @@ def test_combinations(config: Config) -> None:
         ("internal=1,1.5", "internal: the network has no middle output layer"),
     ],
 )
-def test_mistakes(config: Config, axis: str, message: str) -> None:
+def test_impossible_sweeps_are_refused(config: Config, axis: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         settings_of([axis], config)
 
 
-def test_nothing_guides_a_network_without_labels(config: Config) -> None:
+def test_guidance_needs_a_network_with_labels(config: Config) -> None:
     config.model.num_classes = 0
     with pytest.raises(UserError, match="cannot be guided"):
         settings_of(["guidance=2"], config)
 
 
-def test_internal_guidance_is_an_axis(config: Config) -> None:
-    """Without it, its interval does not multiply points; points that share steps lie together."""
+def test_internal_guidance_is_an_axis_of_a_sweep(config: Config) -> None:
+    """Without internal guidance, its interval does not multiply the points. Points that share steps are neighbours."""
     config.model.middle_head = 4
     config.evaluation.sweep = ["guidance=1,2", "internal=1,1.5", "internal_interval=0:1,0:0.8", "interval=0.1:1,0.2:1"]
     points = sweep_points(config, SETS)
@@ -89,7 +89,7 @@ def test_internal_guidance_is_an_axis(config: Config) -> None:
     assert [len(group) for group in sharing_steps(points)] == [2, 2, 2, 1, 1, 1]
 
 
-def test_the_table_has_internal_guidance_where_it_is_tried() -> None:
+def test_the_table_shows_internal_guidance_if_the_sweep_varies_it() -> None:
     row = {"weights": "model", "guidance_scale": 2.0, "guidance_interval": [0.1, 1.0], "num_images": 10, "fid": 3.0}
     row |= {"inception_score": 4.0, "internal_interval": [0.0, 0.8]}
     table = [{**row, "internal_guidance": w} for w in (1.0, 1.4)]
@@ -111,7 +111,7 @@ def test_the_table_has_internal_guidance_where_it_is_tried() -> None:
     ],
 )
 def test_shared_steps_change_no_image(method: str, interval: tuple[float, float], before: int, inner: float) -> None:
-    """Bit by bit; what a multistep method has kept of the step before travels with the shared steps."""
+    """The images are bit-equal. The history of a multistep method is kept with the shared steps."""
     model = network(0, middle_head=1)
     seen: list[int] = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
@@ -126,7 +126,7 @@ def test_shared_steps_change_no_image(method: str, interval: tuple[float, float]
     )
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     shared = 2 * before - (before == 10) if method == "heun" else before
-    assert separately - sum(seen) == 2 * 4 * shared, "the steps before, of two of three scales"
+    assert separately - sum(seen) == 2 * 4 * shared, "the steps before guidance, for two of three scales"
 
 
 def network(seed: int, middle_head: int = 0) -> JiT:
@@ -138,8 +138,8 @@ def network(seed: int, middle_head: int = 0) -> JiT:
     return model
 
 
-def test_autoguidance_goes_away_from_the_guide() -> None:
-    """v = v_guide + w (v_network - v_guide), both with the label; in one Euler step from t = 0 to 1, z + v."""
+def test_autoguidance_moves_away_from_the_guide() -> None:
+    """v = v_guide + w (v_network - v_guide), both with the label. One Euler step from t = 0 to 1 gives z + v."""
     strong, weak = network(0), network(1)
     noise, labels = torch.randn(3, 3, 16, 16), [1, 2, 3]
 
@@ -156,7 +156,7 @@ def test_autoguidance_goes_away_from_the_guide() -> None:
         )
 
     alone, other = sampled(strong, 1.0, None), sampled(weak, 1.0, None)
-    assert torch.equal(sampled(strong, 1.0, weak), alone), "scale 1 is no guidance"
+    assert torch.equal(sampled(strong, 1.0, weak), alone), "scale 1 means no guidance"
     torch.testing.assert_close(sampled(strong, 2.5, weak), other + 2.5 * (alone - other), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sampled(strong, 2.5, strong), alone, rtol=1e-4, atol=1e-4)
     labels_seen: list[int] = []
@@ -164,10 +164,10 @@ def test_autoguidance_goes_away_from_the_guide() -> None:
     jitscale.sample(
         strong, labels, noise=noise, steps=10, guidance_scale=2.0, guidance_interval=(0.35, 1.0), guide=weak
     )
-    assert labels_seen == labels * (2 * 10 - 1 - 7), "with the label, inside the interval only"
+    assert labels_seen == labels * (2 * 10 - 1 - 7), "the guide gets the label, and only inside the interval"
 
 
-def test_a_guide_must_see_the_same(tmp_path: Path, config: Config) -> None:
+def test_a_guide_must_have_the_same_inputs(tmp_path: Path, config: Config) -> None:
     state = network(1).state_dict()
     its = Config(model=MODEL)
     its.evaluation.weights, its.ema.decays, its.run.max_steps = "model", [], 1
@@ -188,8 +188,8 @@ def test_a_guide_must_see_the_same(tmp_path: Path, config: Config) -> None:
     assert torch.equal(found.state_dict()["x_embedder.proj1.weight"], state["x_embedder.proj1.weight"])
 
 
-def test_noise_drawn_ahead_is_the_noise() -> None:
-    """Of the blocks of one rank of three, and of none."""
+def test_noise_drawn_ahead_is_unchanged() -> None:
+    """This holds for the blocks of one rank of three, and for no blocks."""
     blocks = [range(0, 4), range(12, 16), range(24, 28)]
     for ids, noise in zip(blocks, noise_ahead(3, blocks, (3, 8, 8)), strict=True):
         assert torch.equal(noise, noise_of(3, ids, (3, 8, 8)))

@@ -1,4 +1,4 @@
-"""A fuzzer for each test, and at the end of the session a table of what all of them tried."""
+"""A fuzzer for each test, and a table of all attempts at the end of the session."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tests.support.fuzzing import SEED, Fuzzer
 
 @pytest.fixture
 def fuzz(tmp_path: Path, record_property: Any) -> Iterator[Fuzzer]:
-    """Counts its attempts by kind and outcome, also for the table of another process."""
+    """The fuzzer counts its attempts by kind and outcome. The counts of worker processes reach the table too."""
     fuzzer = Fuzzer(tmp_path / "fuzz")
     yield fuzzer
     for kind, outcomes in fuzzer.outcomes.items():
@@ -21,7 +21,7 @@ def fuzz(tmp_path: Path, record_property: Any) -> Iterator[Fuzzer]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the counts of all kinds of inputs; a fault is an end that the project does not promise."""
+    """Print the counts of all kinds of inputs. A fault is an end that the project does not document."""
     reports = {
         id(one): one for some in terminalreporter.stats.values() for one in some if hasattr(one, "user_properties")
     }

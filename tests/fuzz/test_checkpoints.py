@@ -1,4 +1,4 @@
-"""Checkpoints of a run, safetensors, the authors' and Hugging Face's files."""
+"""Checkpoints of a run, safetensors files, files of the authors, and Hugging Face folders."""
 
 import json
 import shutil
@@ -30,12 +30,12 @@ Reader = Callable[[Mutator, Path], Command]
 
 
 def read(mutator: Mutator, path: Path) -> Command:
-    """The network of all weight sets, as a Python user reads it."""
+    """Load the network with each weight set, as a user of Python does."""
     return done(lambda: [jitscale.load_model(path, name) for name in (None, "model")])
 
 
 def converted(fuzz: Fuzzer, mutator: Mutator, path: Path) -> Command:
-    """Written again in another form, all tensors included."""
+    """Convert to another form, including all tensors."""
     form = mutator.random.choice(["safetensors", "run", "authors", "huggingface", "diffusers"])
     more = ["--config", str(fuzz.folder / "inputs/config.yaml")] if form == "run" else []
     averages = ["--ema1=ema_0.9", "--ema2=ema_0.99"] if form == "authors" else []
@@ -46,7 +46,7 @@ def converted(fuzz: Fuzzer, mutator: Mutator, path: Path) -> Command:
 
     def call() -> int:
         code = convert()
-        assert open_weights(output, fuzz.inputs / "config.yaml").weight_sets, "what was written can be read"
+        assert open_weights(output, fuzz.inputs / "config.yaml").weight_sets, "the output can be read"
         return code
 
     return call
@@ -67,7 +67,7 @@ def write_run(run: Path) -> Path:
 
 
 def safetensors_bytes(mutator: Mutator, data: bytes) -> bytes:
-    """The header of a safetensors file changed as text or as JSON, or the file's bytes."""
+    """A safetensors file with a changed header (as text or as JSON), or with changed bytes."""
     (length,) = struct.unpack("<Q", data[:8])
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     if mutator.often(0.4):
@@ -96,7 +96,7 @@ def test_a_runs_checkpoint(fuzz: Fuzzer) -> None:
             if name == "run":
                 (run / "config.yaml").write_bytes(mutator.changed_bytes((run / "config.yaml").read_bytes(), most=1))
                 continue
-            if not (step / name).is_file():  # the first change has taken it away
+            if not (step / name).is_file():  # The first change removed the file.
                 continue
             data = (folder / name).read_bytes()
             if name == "index.json":
@@ -112,7 +112,8 @@ def test_a_runs_checkpoint(fuzz: Fuzzer) -> None:
                 mutator.random.choice([(step / name).mkdir, partial((step / name).symlink_to, "/dev/zero"), list])()
                 continue
             (step / name).write_bytes(data)
-            if name != "COMPLETE" and (step / "COMPLETE").is_file() and mutator.often(0.8):  # as if it were meant
+            # The marker then agrees with the change.
+            if name != "COMPLETE" and (step / "COMPLETE").is_file() and mutator.often(0.8):
                 again = {other: sha256_of(step / other) for other in marker if (step / other).is_file()}
                 (step / "COMPLETE").write_text(json.dumps({**marker, **again}))
         return run
@@ -152,7 +153,8 @@ def test_files_of_weights(fuzz: Fuzzer) -> None:
 
     def pth(mutator: Mutator) -> Command:
         (path := fuzz.inputs / "x.pth").write_bytes(mutator.changed_bytes(authors, most=2))
-        if mutator.often(0.5):  # in the pickle, which comes first
+        # The first bytes hold the pickle.
+        if mutator.often(0.5):
             path.write_bytes(mutator.changed_bytes(authors[:8000], most=2) + authors[8000:])
         sizes = {**vars(MODEL), "depth": 3}
         return done(lambda: jitscale.load_model(path, config=sizes))

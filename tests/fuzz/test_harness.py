@@ -1,4 +1,4 @@
-"""The fuzzer sees what it is there to see."""
+"""The fuzzer finds the faults that it is meant to find."""
 
 import sys
 from functools import partial
@@ -15,7 +15,7 @@ def fail(error: BaseException) -> None:
     raise error
 
 
-def test_each_way_to_end_badly_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_of_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confinement, "SECONDS", 0.2)
     fuzz = Fuzzer(tmp_path / "fuzz")
     (fuzz.inputs / "x").write_text("x")

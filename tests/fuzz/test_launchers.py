@@ -1,4 +1,4 @@
-"""Variables of launchers, and the words of all commands."""
+"""Environment variables of launchers, and command lines of all commands."""
 
 import os
 from functools import partial
@@ -99,7 +99,7 @@ def test_variables_of_launchers(fuzz: Fuzzer) -> None:
 
 
 def test_command_lines(fuzz: Fuzzer) -> None:
-    """Nothing that they name is there, so that each is refused, or explained."""
+    """No file that they name exists, so each command line is refused, or answered with help."""
 
     def command(name: str, mutator: Mutator) -> Command:
         output = [] if name in ("plan", "index_shards", "inspect_shards") else [["--output", fuzz.output / "x"]]

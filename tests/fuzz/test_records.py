@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints, and statistics of others."""
+"""Files of a run besides its checkpoints, and statistics from other programs."""
 
 import io
 import json
@@ -39,13 +39,13 @@ JOB = {
 
 
 def lines(mutator: Mutator, line: dict[str, object]) -> bytes:
-    """Four JSON lines, some changed."""
+    """Four JSON lines, some of them changed."""
     found = [mutator.json(line) if mutator.often(0.5) else json.dumps(line).encode() for _ in range(4)]
     return b"\n".join(found) + (b"" if mutator.often(0.3) else b"\n")
 
 
 def arrays(mutator: Mutator, content: dict[str, np.ndarray]) -> bytes:
-    """An .npz of `content`, with other, missing and renamed arrays, or other bytes."""
+    """An .npz of `content`, with changed, missing and renamed arrays, or with changed bytes."""
     random, changed, stream = mutator.random, dict(content), io.BytesIO()
     for _ in range(random.randint(1, 2) if mutator.active else 0):
         name, size = random.choice(list(content)), random.choice([0, 1, 3, 9])

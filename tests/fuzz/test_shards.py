@@ -1,4 +1,4 @@
-"""Tars, what lies next to them, and images."""
+"""Tars, the files next to them, and images."""
 
 import io
 import json
@@ -34,7 +34,7 @@ NUMBERS = [b"7" * 12, b"-1", b"\xff" * 12, b"\x80" + b"\xff" * 11, b"99999999999
 
 
 def archive(mutator: Mutator) -> bytes:
-    """A tar of 4 labelled images; members get other names, types, links, pax headers and sizes."""
+    """A tar of 4 labelled images. Members get other names, types, links, pax headers and sizes."""
     random, stream = mutator.random, io.BytesIO()
     form = random.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
     with tarfile.open(fileobj=stream, mode="w", format=form) as tar:
@@ -75,7 +75,7 @@ def archive(mutator: Mutator) -> bytes:
 
 
 def with_damaged_headers(mutator: Mutator, data: bytes) -> bytes:
-    """Other numbers in some headers, mostly under a right checksum; then other bytes anywhere."""
+    """Some headers get other numbers, mostly with a correct checksum. Then bytes anywhere are changed."""
     random, changed = mutator.random, bytearray(data)
     for _ in range(random.choice([0, 0, 1, 2]) if mutator.active else 0):
         at = 512 * random.randrange(len(changed) // 512)
@@ -88,7 +88,7 @@ def with_damaged_headers(mutator: Mutator, data: bytes) -> bytes:
 
 
 def opened(pattern: object, classes: int = 2, held_out: float = 0.5) -> Command:
-    """Open as training does, hold samples out, and read everything."""
+    """Open the shards as training does, hold samples out, and read everything."""
 
     def read() -> None:
         shards = ShardSet.open(str(pattern), classes, 8).without_fraction(held_out)
@@ -114,7 +114,7 @@ def test_tars(fuzz: Fuzzer) -> None:
         return folder
 
     def indexed(mutator: Mutator) -> Command:
-        # Indexing writes next to the tars, so that these are its output.
+        # Indexing writes next to the tars, so the tars lie in the output folder.
         shutil.rmtree(fuzz.output, ignore_errors=True)
         shutil.copytree(written(mutator), fuzz.output)
         if mutator.often(0.3):
@@ -140,7 +140,7 @@ def test_tars(fuzz: Fuzzer) -> None:
 
 
 def array_bytes(mutator: Mutator, array: np.ndarray) -> bytes:
-    """An .npy of `array`, with other entries, of another kind, or with other bytes."""
+    """An .npy of `array`: with other entries, of another type, or with changed bytes."""
     stream = io.BytesIO()
     if mutator.often(0.3) and array.dtype.names:
         array = array.copy()

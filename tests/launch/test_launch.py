@@ -1,4 +1,4 @@
-"""What a job decides, and what it reads from Slurm's messages."""
+"""The decisions of a job, and the facts it reads from Slurm's messages."""
 
 import errno
 import itertools
@@ -29,9 +29,9 @@ from tools.make_shards import parser as packing_parser
 
 @pytest.fixture
 def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The recipes record online, for which this machine has no key."""
+    """The recipes record online, and this machine has no key for W&B."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    wandb.teardown()  # it keeps what an earlier test made it read
+    wandb.teardown()  # wandb caches the environment of an earlier test.
     yield
     wandb.teardown()
 
@@ -44,17 +44,17 @@ def test_starts_without_progress_are_counted(tmp_path: Path) -> None:
     assert (attempts.starts, attempts.without_progress) == (6, 2)
     with pytest.raises(UserError, match=r"3 starts in a row brought no progress beyond 20 \(a rank died\)"):
         Attempts.begin(tmp_path, 20, most=3)
-    assert Attempts.begin(tmp_path, 20, most=3).without_progress == 0  # a manual restart begins anew
+    assert Attempts.begin(tmp_path, 20, most=3).without_progress == 0  # A manual restart resets the count.
 
 
-def test_nodes_are_excluded_once() -> None:
+def test_each_node_is_excluded_once() -> None:
     attempts = Attempts()
     assert attempts.exclude(["b", "a", "b"]) == ["b", "a"]
     assert attempts.exclude(["a", "c"]) == ["c"]
     assert attempts.excluded == ["b", "a", "c"]
 
 
-def test_the_first_node_that_srun_names_is_the_one_that_failed() -> None:
+def test_the_first_node_that_srun_names_is_the_failed_one() -> None:
     text = (
         "train: 10%\n"
         "srun: error: node-2.site: task 3: Killed\n"
@@ -67,7 +67,7 @@ def test_the_first_node_that_srun_names_is_the_one_that_failed() -> None:
     assert failed_tasks("") == []
 
 
-def test_a_task_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_of_an_array_is_distinguished_from_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
     script = {"JOB_ID": "17", "JOB_NODELIST": "n[1-2]", "JOB_PARTITION": "gpu", "NTASKS": "4", "RESTART_COUNT": "2"}
     for name, value in script.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -77,7 +77,7 @@ def test_a_task_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) ->
     assert SlurmJob.current().id == "17_3"
 
 
-def test_ranks_are_compared() -> None:
+def test_differences_between_ranks_are_reported() -> None:
     sound = Finding("a", (), "code", "config", "cuda")
     assert compare([sound, sound]) == []
     broken = replace(sound, node="b", faults=(Fault("/scratch: full"),))
@@ -88,8 +88,11 @@ def test_ranks_are_compared() -> None:
     assert [(node, what.split(" than")[0]) for node, what in other] == [("c", "another kind of device (cuda or cpu)")]
 
 
-def test_a_fault_of_one_node_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk names a temporary file of a random name; all ranks of a job of one node meet it."""
+def test_a_fault_of_one_node_is_not_a_user_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message about a full disk names a temporary file with a random name.
+
+    In a job of one node all ranks report it.
+    """
 
     def full(**named: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{named['dir']}/.preflight{next(numbers)}")
@@ -109,10 +112,10 @@ def test_a_fault_of_one_node_is_no_mistake_of_the_user(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("where", ["folders", "shards"])
-def test_a_storage_that_fails_on_all_nodes_is_neither_a_mistake_nor_a_fault_of_a_node(
+def test_failing_storage_on_all_nodes_is_neither_a_user_mistake_nor_a_node_fault(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The supervisor puts the job back into the queue, and excludes no node; a fault of some nodes excludes them."""
+    """The supervisor requeues the job and excludes no node. If only some nodes report the fault, it excludes them."""
 
     def fail(*arguments: object, **named: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -154,7 +157,7 @@ def test_the_preflight_names_the_nodes_to_exclude(tmp_path: Path, monkeypatch: p
         assert Supervisor(SlurmJob("7", job, 2, 0, "batch"), work).run() == nodes
 
 
-def test_missing_shards_are_a_mistake_of_the_user_on_one_node_too(tmp_path: Path) -> None:
+def test_missing_shards_are_a_user_mistake_on_one_node_too(tmp_path: Path) -> None:
     settings = [f"run.dir={tmp_path}", "run.device=cpu", f"data.shards={tmp_path}/absent"]
     faults = faults_of(load_config(ROOT / "configs/demo.yaml", settings))
     found = mistakes([Finding("a", faults, "code", "config", "cpu")])
@@ -162,7 +165,7 @@ def test_missing_shards_are_a_mistake_of_the_user_on_one_node_too(tmp_path: Path
     assert "absent" in found[0]
 
 
-def test_work_is_known_from_the_command_line(
+def test_the_command_line_determines_the_work(
     tmp_path: Path, wandb_offline: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ROOT / "configs/jit_b_256.yaml"
@@ -205,15 +208,15 @@ def test_work_is_known_from_the_command_line(
         ("train", ["--config", "configs/jit_b_256.yaml", "runs/h", "data.shards=/data"], "runs/h has no '='"),
     ],
 )
-def test_arguments_without_a_meaning_are_refused(command: str, arguments: list[str], said: str) -> None:
-    """As in `sbatch slurm/evaluate.sh runs/h`."""
+def test_wrong_arguments_are_refused(command: str, arguments: list[str], said: str) -> None:
+    """The same rule holds for `sbatch slurm/evaluate.sh runs/h`."""
     with pytest.raises(UserError, match=said) as refused:
         work_of(command, arguments, tasks=8)
     assert "\n" not in str(refused.value)
 
 
 def in_one_line(text: str) -> str:
-    """`text` with each command in one line, also if it continues on the next one, as a comment or not."""
+    """`text` with each command in one line. Continued lines are joined, inside and outside of comments."""
     return re.sub(r" \\\n#? *", " ", text)
 
 
@@ -230,8 +233,8 @@ EXAMPLES = [
 def test_the_examples_are_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb_offline: None, where: str, line: str
 ) -> None:
-    """In the scripts' headers, README and docs: with the nodes that the script asks for."""
-    monkeypatch.chdir(tmp_path)  # the examples name runs of this folder
+    """These are the commands in the scripts' headers, README and docs, with the number of nodes of the script."""
+    monkeypatch.chdir(tmp_path)  # The examples name runs in this folder.
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     name, *words = shlex.split(line)
     script = (ROOT / "slurm" / name).read_text()
@@ -253,8 +256,8 @@ def test_the_examples_are_accepted(
 
 
 @pytest.mark.parametrize("name", ["new[1]", "new *", "plain"])
-def test_a_requeued_upgrade_goes_on_with_what_is_there(tmp_path: Path, name: str) -> None:
-    """Whatever the run's folder is called."""
+def test_a_requeued_upgrade_continues_from_existing_output(tmp_path: Path, name: str) -> None:
+    """The name of the run's folder may contain special characters."""
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm/launch.sh").write_text("set -euo pipefail\nsupervise() { echo supervise; }\n")
     environment = {**os.environ, "JITSCALE_HOME": str(tmp_path), "JITSCALE_PYTHON": "echo"}
@@ -268,13 +271,13 @@ def test_a_requeued_upgrade_goes_on_with_what_is_there(tmp_path: Path, name: str
     (tmp_path / "new1/checkpoints/step_00000000/COMPLETE").touch()
     assert said() == ["tools/upgrade_resolution.py", "supervise"]
     (tmp_path / name / "checkpoints/step_00000000").mkdir(parents=True)
-    assert said() == ["tools/upgrade_resolution.py", "supervise"], "it is not complete"
+    assert said() == ["tools/upgrade_resolution.py", "supervise"], "the checkpoint is not complete"
     (tmp_path / name / "checkpoints/step_00000000/COMPLETE").touch()
     assert said() == ["supervise"]
 
 
 def test_ctrl_c_in_the_ranks_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not put back into the queue, and no node is blamed."""
+    """The job is not requeued, and no node is excluded."""
     job = SlurmJob("7", ("node1",), 1, 0, "batch")
     work = Work("train", [], Config(run=RunConfig(dir=str(tmp_path))), [], is_done=False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
@@ -296,7 +299,7 @@ def test_ctrl_c_in_the_ranks_ends_the_job(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("code", "ends_with"), [(ExitCode.FAILED, 99), (ExitCode.USER_ERROR, ExitCode.USER_ERROR)])
-def test_a_storage_that_fails_goes_back_into_the_queue_and_a_mistake_does_not(
+def test_failing_storage_requeues_the_job_and_a_mistake_does_not(
     code: int, ends_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Work("train", [], Config(run=RunConfig(dir=str(tmp_path))), [], is_done=False)
@@ -312,8 +315,8 @@ def test_every_script_has_an_example() -> None:
     assert {line.split()[0] for where, line in EXAMPLES if where in scripts} == scripts
 
 
-def test_cores_of_a_rank_are_next_to_its_gpu() -> None:
-    """In every script with GPUs, and unless sbatch is told otherwise."""
+def test_the_cores_of_a_rank_are_near_its_gpu() -> None:
+    """This holds for every script with GPUs, unless the sbatch command overrides it."""
     texts = [path.read_text() for path in (ROOT / "slurm").glob("*.sh")]
     expected = ["\n#SBATCH --gpus-per-node" in text for text in texts]
     assert ["\n#SBATCH --distribution=block:block\n" in text for text in texts] == expected
@@ -331,7 +334,9 @@ def test_launch_names_folders_on_the_node_and_interfaces(tmp_path: Path) -> None
     assert "GLOO_SOCKET_IFNAME=ib0" in said
 
 
-def test_a_missing_key_of_wandb_is_said_before_the_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key_of_wandb_is_reported_before_the_preflight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -345,8 +350,8 @@ def test_a_missing_key_of_wandb_is_said_before_the_preflight(tmp_path: Path, mon
     work_of("train", words, tasks=8)
 
 
-def test_progress_on_real_images_is_seen_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Statistics grow beside the shards, however their place is written, or in the cache that is asked for."""
+def test_progress_on_real_images_is_counted_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics grow next to the shards, however that path is written, or in the configured cache."""
     config = str(ROOT / "configs/demo.yaml")
     for setting, folder in (
         (f"data.shards={tmp_path}/shards", "shards"),
@@ -363,7 +368,7 @@ def test_progress_on_real_images_is_seen_wherever_they_are(tmp_path: Path, monke
         assert work.progress_mark == before + 1, setting
 
 
-def test_to_profile_a_finished_run_leaves_nothing_to_do(tmp_path: Path) -> None:
+def test_profiling_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
     config = load_config(ROOT / "configs/demo.yaml", [f"run.dir={tmp_path}", "evaluation.at_end=false"])
     (tmp_path / "checkpoints").mkdir()
     profiled = replace(config, run=replace(config.run, profile=True))

@@ -1,4 +1,4 @@
-"""What several tests of the network share."""
+"""Set-up that several tests of the network share."""
 
 from collections.abc import Iterator
 

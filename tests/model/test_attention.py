@@ -1,4 +1,4 @@
-"""Attention's kernels agree, drop weights as asked, and are chosen by what they compute."""
+"""Attention kernels agree with each other, drop weights as configured, and are chosen by their results."""
 
 import sys
 from collections.abc import Callable
@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 104])
-@pytest.mark.parametrize("name", ["sdpa-flash", "sdpa", "reference"])  # which run on the CPU in float32
+@pytest.mark.parametrize("name", ["sdpa-flash", "sdpa", "reference"])  # These run on the CPU in float32.
 def test_kernels_agree_forward_and_backward(name: str, head_dim: int) -> None:
-    """With float64 arithmetic written out, at the lengths and head dims of JiT; q, k and v are strided views."""
+    """The reference is explicit float64 arithmetic, at JiT's lengths and head dims. q, k and v are strided views."""
     torch.manual_seed(0)
     qkv = torch.randn(2, 288, 3, 2, head_dim, requires_grad=True)
     out = KERNELS[name](*qkv.unbind(2), 0.0)
@@ -41,7 +41,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 
 
 def skip_if_absent(error: ConfigError) -> None:
-    """Skip where a machine lacks a kernel; one that is there and computes something else is a failure."""
+    """Skip the test if the machine lacks a kernel. A kernel that exists and computes wrong values fails the test."""
     absent = ("No module named", "is older than", "no cuDNN", "No available kernel")
     if not any(reason in str(error) for reason in absent):
         raise error
@@ -52,7 +52,7 @@ def skip_if_absent(error: ConfigError) -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 104])
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_kernels_agree_on_a_gpu(name: str, head_dim: int) -> None:
-    """In bf16 with float64, forward and backward: no further off than twice the authors' way is."""
+    """In bf16, forward and backward. The error against float64 is at most twice the error of the authors' way."""
     torch.manual_seed(0)
     gpu = torch.device("cuda")
     shape = {"tokens": [256, 288], "heads": 2, "head_dim": head_dim, "dropouts": [0.0]}
@@ -82,7 +82,7 @@ def test_kernels_agree_on_a_gpu(name: str, head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 104])
 @pytest.mark.parametrize("name", ["sdpa-cudnn", "sdpa-flash"])
 def test_named_kernels_of_torch_on_a_gpu(name: str, head_dim: int) -> None:
-    """At the batch and dropout of training; and the same inside of a compiled graph as outside."""
+    """The batch and the dropout are those of training. The result inside of a compiled graph is the same as outside."""
     gpu = torch.device("cuda")
     shape: dict[str, Any] = {"batch": 64, "tokens": [256, 288], "heads": 16, "head_dim": head_dim}
     try:
@@ -101,7 +101,7 @@ def test_named_kernels_of_torch_on_a_gpu(name: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize("name", ["sdpa", "reference"])
 def test_kernels_drop_weights(name: str) -> None:
-    """With values of one, the mean is one and single outputs are not."""
+    """All values are one: the mean of the outputs stays one, single outputs differ."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 8, 64, 2, 16).unbind(0)
     out = KERNELS[name](q, k, torch.ones(8, 64, 2, 16), 0.5)
@@ -113,12 +113,12 @@ def chosen(asked: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32)
     return choose_kernel(asked, tokens=[16, 20], heads=2, head_dim=8, dropouts=[dropout], dtype=dtype, device=CPU)
 
 
-def test_what_is_asked_for_works_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requested_kernel_works_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("auto").name == "sdpa"
     assert chosen("reference", dropout=0.2).reason == "requested"
     assert chosen("sdpa-flash").reason == "requested"
     with pytest.raises(ConfigError, match=r"engine.attention=sdpa-flash does not work here \("):
-        chosen("sdpa-flash", dropout=0.2)  # on a CPU it has none, and no other kernel takes its place
+        chosen("sdpa-flash", dropout=0.2)  # It has no dropout on a CPU, and no other kernel replaces it.
     for name in ("flash-attn", "flash-attn-4", "sdpa-cudnn"):
         with pytest.raises(ConfigError, match=rf"engine.attention={name} does not work here \(."):
             chosen(name)
@@ -127,8 +127,8 @@ def test_what_is_asked_for_works_or_is_refused(monkeypatch: pytest.MonkeyPatch) 
         chosen("sdpa")
 
 
-def test_a_gpu_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order and the reasons, with probes that fail as they would on one; in the batch of the run."""
+def test_a_gpu_takes_the_first_kernel_that_passes_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order and the reasons are tested. The probes fail as on a GPU, at the batch of the run."""
     tried = []
     broken = {attention.flash_attn: ImportError("No module named 'flash_attn'")}
 
@@ -182,7 +182,7 @@ def test_a_gpu_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def dropping(choose: Callable[[torch.Tensor, float], torch.Tensor]) -> attention.Kernel:
-    """A kernel that keeps the weights (B, H, N, N) that `choose` names."""
+    """A kernel that keeps the weights (B, H, N, N) that `choose` selects."""
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
         weights = attention._weights(q, k)
@@ -229,10 +229,13 @@ PROBED: dict[str, tuple[attention.Kernel, str | None]] = {
 
 
 @pytest.mark.parametrize("case", PROBED)
-def test_the_probe_sees_what_is_wrong_with_dropout(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """Against the reference with the same weights dropped, slice by slice, though the kernel does not tell which."""
+def test_the_probe_finds_errors_of_dropout(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """The reference drops the same weights.
+
+    It works slice by slice, although the kernel does not reveal the weights.
+    """
     kernel, message = PROBED[case]
-    monkeypatch.setattr(attention, "PROBE_ELEMENTS", 2 * 2 * 36**2)  # two of the five samples at a time
+    monkeypatch.setattr(attention, "PROBE_ELEMENTS", 2 * 2 * 36**2)  # Two of the five samples fit at a time.
     torch.manual_seed(7)
     state = torch.get_rng_state()
     for dtype in (torch.float32, torch.bfloat16):
@@ -259,7 +262,7 @@ def test_sampling_is_probed_without_gradients() -> None:
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_named_kernel_of_torch_is_forced_inside_a_graph(recomputed: bool) -> None:
-    """Where torch would choose another one, because FlashAttention is off; without breaks."""
+    """torch would choose another kernel, because FlashAttention is off. The graph has no breaks."""
     operators: list[str] = []
 
     def see(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -284,7 +287,7 @@ def test_a_named_kernel_of_torch_is_forced_inside_a_graph(recomputed: bool) -> N
 
 
 def test_a_kernel_without_package_metadata_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that was built in place and put on PYTHONPATH has no version that can be asked for."""
+    """A package that was built in place and is on PYTHONPATH has no version metadata."""
     monkeypatch.setitem(KERNELS, "flash-attn", attention.unfused)
     found = chosen("flash-attn")
     assert (found.name, found.version) == ("flash-attn", "flash-attn of unknown version")
@@ -307,8 +310,11 @@ def test_head_dims_are_padded_exactly_for_flash_attn_4(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("dynamo")
-def test_flash_attn_4_is_an_operator_with_a_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Around its two functions, which need a GPU and are written out here: plain and inside of a compiled graph."""
+def test_flash_attn_4_is_a_differentiable_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two functions need a GPU, so stand-ins replace them.
+
+    The operator runs plain and inside of a compiled graph.
+    """
 
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, return_lse: bool

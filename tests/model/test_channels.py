@@ -1,4 +1,4 @@
-"""Networks of grey images: their shapes, the order of their pixels, and what is drawn for them."""
+"""Networks of grey images: their shapes, the order of their pixels, and their random numbers."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ GREY = replace(MODEL, in_channels=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_patches_become_the_images_that_they_are_of(channels: int) -> None:
+def test_patches_are_put_together_to_the_images_they_come_from(channels: int) -> None:
     model = replace(MODEL, in_channels=channels)
     images = torch.randn(2, *image_shape(model))
     patches = patches_of(images, model.patch_size)
@@ -27,8 +27,11 @@ def test_patches_become_the_images_that_they_are_of(channels: int) -> None:
     torch.testing.assert_close(project(images, whole), images)
 
 
-def test_a_grey_network_is_the_one_that_adds_three_equal_channels() -> None:
-    """Of a network of three, the patch embedding summed over channels and one channel of the output."""
+def test_a_grey_network_equals_one_with_three_equal_channels() -> None:
+    """Its patch embedding is that of the other network, summed over channels.
+
+    Its output is one channel of the other network.
+    """
     torch.manual_seed(0)
     colour, grey = JiT(MODEL).eval(), JiT(GREY).eval()
     for parameter in colour.parameters():
@@ -45,7 +48,7 @@ def test_a_grey_network_is_the_one_that_adds_three_equal_channels() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_first_rows_of_the_embedding_look_at_the_subspace_of_a_grey_patch() -> None:
+def test_the_first_rows_of_the_embedding_give_coordinates_in_the_subspace() -> None:
     subspace = torch.linalg.qr(torch.randn(16, 3, generator=torch.Generator().manual_seed(0))).Q
     network = JiT(GREY, DiffusionConfig(prediction="asym", rank=3), subspace)
     rows = network.x_embedder.proj1.weight[:3].flatten(1)
@@ -69,8 +72,8 @@ def test_grids_of_grey_images_are_grey() -> None:
     found, colour = tile(grey, 2), tile(grey.repeat(1, 3, 1, 1), 2)
     assert found.shape == (30, 20)
     assert (found[..., None] == colour).all()
-    assert (found[1:9, 11:19] == grey[1, 0].numpy()).all(), "the second one lies beside the first one"
+    assert (found[1:9, 11:19] == grey[1, 0].numpy()).all(), "the second image lies next to the first one"
 
 
-def test_channels_make_another_network() -> None:
+def test_the_number_of_channels_is_part_of_the_network() -> None:
     assert network_differences(Config(model=GREY), Config(model=MODEL)) == ["model.in_channels: 1 -> 3"]

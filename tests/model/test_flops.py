@@ -1,4 +1,4 @@
-"""The peak that utilisation is counted against, and what is counted."""
+"""The peak that utilisation refers to, and the operations that it counts."""
 
 import pytest
 import torch
@@ -15,8 +15,11 @@ def test_the_peak_is_that_of_the_board(monkeypatch: pytest.MonkeyPatch, name: st
     assert peak_tflops(torch.device("cuda")) == peak
 
 
-def test_utilisation_counts_the_tokens_that_pass() -> None:
-    """JiT-B/16 at 256 px: half of the tokens in eight of twelve blocks leave 0.69 of a step's work, until all pass."""
+def test_utilisation_counts_only_the_tokens_in_each_block() -> None:
+    """JiT-B/16 at 256 px: half of the tokens skip eight of twelve blocks.
+
+    A step then has 0.69 of the work, until routing ends.
+    """
     config = Config()
     plain = model_flops_utilisation(config, 100, 1000.0, 989.0)
     assert plain == pytest.approx(1000 * 3 * 2 * 25.1e9 / 989e12, rel=0.01)

@@ -1,4 +1,4 @@
-"""Networks that hold given weights: as those that are built and loaded, without drawing or copying."""
+"""Networks built around given weights: they equal built and loaded networks, but nothing is drawn or copied."""
 
 from dataclasses import replace
 
@@ -21,17 +21,19 @@ def inputs() -> tuple[torch.Tensor, ...]:
     return torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.7]), torch.tensor([3, MODEL.num_classes])
 
 
-def test_it_is_the_network_that_was_built_and_loaded() -> None:
-    """Bit for bit, tables included; its parameters are the tensors themselves."""
+def test_it_equals_the_network_that_was_built_and_loaded() -> None:
+    """The network is bit-equal, including its tables. Its parameters are the given tensors themselves."""
     given = weights()
     plain = JiT(MODEL, DiffusionConfig())
     plain.load_state_dict(given)
     before = torch.get_rng_state()
     network = network_holding(given, MODEL, DiffusionConfig())
-    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn"
+    assert torch.equal(torch.get_rng_state(), before), "no random numbers are drawn"
     assert not network.training
     assert all(p.data_ptr() == given[name].data_ptr() for name, p in network.named_parameters())
-    assert all(p.requires_grad for p in network.parameters()), "autocast keeps the casts of such weights alone"
+    assert all(p.requires_grad for p in network.parameters()), (
+        "autocast caches casts only of weights that require a gradient"
+    )
     expected, found = dict(plain.named_buffers()), dict(network.named_buffers())
     assert found.keys() == expected.keys() == {"pos_embed", "rope"}
     assert all(torch.equal(found[name], table) for name, table in expected.items())
@@ -59,5 +61,5 @@ def test_stored_weights_are_copied_once_and_nothing_is_drawn() -> None:
     for name, p in network.named_parameters():
         mapped = stored.tensor(stored.default, name)
         assert torch.equal(p, mapped)
-        assert p.data_ptr() != mapped.data_ptr(), "the file may change later"
+        assert p.data_ptr() != mapped.data_ptr(), "the file may change after loading"
         assert p.dtype == torch.float32

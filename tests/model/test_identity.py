@@ -1,4 +1,4 @@
-"""What ranks compare, so that none computes in another way than the others."""
+"""The facts that ranks compare, so that all ranks compute in the same way."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from jitscale.model.jit import JiT
 from tests.support.tiny import MODEL
 
 
-def test_another_kernel_is_another_identity_and_another_reason_is_not() -> None:
+def test_the_kernel_is_part_of_the_identity_and_the_reason_is_not() -> None:
     execution = prepare(JiT(MODEL), EngineConfig(), torch.device("cpu"), training=True)
     kernel = execution.attention
     assert replace(execution, attention=replace(kernel, reason="another rank's error")).identity == execution.identity
@@ -27,7 +27,7 @@ def test_another_kernel_is_another_identity_and_another_reason_is_not() -> None:
         assert replace(execution, **{switch: not getattr(execution, switch)}).identity != execution.identity, switch
 
 
-def test_the_remedy_names_what_may_differ() -> None:
+def test_the_remedy_names_possible_differences() -> None:
     for name in ("attention", "fused_kernels", "cuda_graphs", "compile", "align"):
         assert hasattr(EngineConfig(), name)
         assert f"engine.{name}" in REMEDY

@@ -73,7 +73,7 @@ def test_five_training_steps_and_average(case: Any) -> None:
         assert relative(average[name], reference["train_ema1"][name]) < 1e-5, name
 
 
-def test_position_table_is_the_authors(case: Any) -> None:
+def test_position_table_equals_the_authors(case: Any) -> None:
     path, config, reference = case
     model = jitscale.load_model(path, weights="model", config=config)
     torch.testing.assert_close(model.pos_embed, reference["train_final"]["pos_embed"][0], rtol=0, atol=1e-6)
@@ -107,7 +107,7 @@ def test_safetensors_keep_weights_and_config(case: Any, tmp_path: Path) -> None:
     assert torch.equal(model(reference["z"], reference["t"], reference["y"]), before)
 
 
-def test_what_a_file_does_not_say_is_asked_for(case: Any, tmp_path: Path) -> None:
+def test_settings_that_a_file_lacks_are_requested(case: Any, tmp_path: Path) -> None:
     path, config, _ = case
     with pytest.raises(CheckpointError, match="give its config"):
         jitscale.load_model(path)
@@ -122,7 +122,7 @@ def test_what_a_file_does_not_say_is_asked_for(case: Any, tmp_path: Path) -> Non
         jitscale.load_model(tmp_path / "absent.pth")
 
 
-def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_not_executed(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "executed",))
@@ -141,7 +141,7 @@ def test_parameter_counts_of_the_authors(size: str, parameters: int) -> None:
 
 
 def test_paper_sizes_load_without_a_config(tmp_path: Path) -> None:
-    """A checkpoint that names JiT-B needs no config: the rest is read from shapes."""
+    """A checkpoint that names JiT-B needs no config: the other settings follow from its shapes."""
     expected = load_config(ROOT / "configs/jit_b_64.yaml").model
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in JiT(expected).named_parameters()}

@@ -1,4 +1,4 @@
-"""Token routing and the middle output layer in the network, next to each image computed alone, token by token."""
+"""Token routing and the middle output layer, compared with each image computed alone, token by token."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,8 +18,9 @@ BATCH = 3
 def network(model: ModelConfig) -> JiT:
     torch.manual_seed(0)
     net = JiT(model).train()
-    for name, parameter in net.named_parameters():  # zeroed layers would hide what lies below them
-        # Small queries and keys would hide the rotation.
+    # Layers that start at zero would hide errors of the layers below them.
+    for name, parameter in net.named_parameters():
+        # Small queries and keys would hide errors of the rotation.
         torch.nn.init.normal_(parameter, mean=2.0 if "q_norm" in name or "k_norm" in name else 0.0, std=0.1)
     return net
 
@@ -37,7 +38,7 @@ def kept_tokens(model: ModelConfig) -> torch.Tensor:
 def image_alone(
     net: JiT, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor, kept: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Both predictions for one image: every token is a tensor of its own, with its rotation."""
+    """Both predictions for one image. Every token is a tensor of its own, with its rotation."""
     config = net.config
     label = net.y_embedder(y)
     condition = net.t_embedder(t) + label
@@ -67,21 +68,21 @@ def image_alone(
     "changes",
     [
         {},
-        {"middle_head": 1},  # before the route,
-        {"middle_head": 2},  # in its first block,
-        {"middle_head": 5},  # in its last one,
+        {"middle_head": 1},  # before the route
+        {"middle_head": 2},  # in its first block
+        {"middle_head": 5},  # in its last block
         {"middle_head": 3, "in_context_start": 4},
-        {"middle_head": 3, "in_context_start": 1},  # class tokens enter where others leave
-        {"middle_head": 4, "in_context_start": 5, "route_blocks": [1, 4]},  # and after it
+        {"middle_head": 3, "in_context_start": 1},  # class tokens enter where the other tokens return
+        {"middle_head": 4, "in_context_start": 5, "route_blocks": [1, 4]},  # class tokens enter after the route
         {"middle_head": 5, "in_context_start": 0, "route_blocks": [2, 4]},
-        {"in_context_len": 0, "route_blocks": [0, 6]},  # all blocks
+        {"in_context_len": 0, "route_blocks": [0, 6]},  # all blocks are routed
         {"in_context_start": 3, "route_blocks": [3, 6], "route_share": 0.3},
         {"route_blocks": [5, 6], "route_share": 0.9},
         {"route_share": 0.0, "middle_head": 3},
     ],
 )
-def test_a_batch_is_its_images_alone(changes: dict[str, Any]) -> None:
-    """Predictions and the gradients of all parameters."""
+def test_a_batch_equals_its_images_alone(changes: dict[str, Any]) -> None:
+    """The predictions and the gradients of all parameters agree."""
     model = replace(MODEL, **changes)
     net, (z, t, y), kept = network(model), batch(), kept_tokens(model)
     with_middle = model.middle_head > 0
@@ -101,8 +102,8 @@ def test_a_batch_is_its_images_alone(changes: dict[str, Any]) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(b.abs().max()), msg=name)
 
 
-def test_tokens_that_are_put_aside_see_nothing_and_are_not_seen() -> None:
-    """With routed blocks alone, pixels of the other tokens change no kept one, and the other way round."""
+def test_skipped_and_kept_tokens_do_not_see_each_other() -> None:
+    """All blocks are routed, so pixels of skipped tokens change no kept token, and the other way round."""
     model = replace(MODEL, in_context_len=0, route_blocks=[0, 6])
     net, (z, t, y), kept = network(model), batch(), kept_tokens(model)
     z.requires_grad_()
@@ -115,14 +116,14 @@ def test_tokens_that_are_put_aside_see_nothing_and_are_not_seen() -> None:
         assert float((gradient * (1 - mask)).abs().max()) == 0
 
 
-def test_all_tokens_kept_is_no_routing() -> None:
+def test_keeping_all_tokens_equals_no_routing() -> None:
     model = replace(MODEL, middle_head=3)
     net, inputs = network(model), batch()
     every = torch.arange(16).expand(BATCH, -1)
     torch.testing.assert_close(net(*inputs, every, middle=True), net(*inputs, middle=True), rtol=1e-5, atol=1e-6)
 
 
-def test_what_the_network_does_not_have_is_refused() -> None:
+def test_inputs_for_missing_parts_of_the_network_are_refused() -> None:
     net, inputs = network(replace(MODEL, route_share=0.0, middle_head=0)), batch()
     with pytest.raises(ValueError, match="kept: this network routes no tokens"):
         net(*inputs, torch.arange(8).expand(BATCH, -1))
@@ -130,8 +131,8 @@ def test_what_the_network_does_not_have_is_refused() -> None:
         net(*inputs, middle=True)
 
 
-def test_without_a_switch_nothing_is_computed_otherwise() -> None:
-    """A network with a route, a middle layer or neither: the same weights and, of all tokens, the same prediction."""
+def test_unused_parts_of_the_network_change_no_prediction() -> None:
+    """With a route, a middle layer or neither, the weights are the same, and so is the prediction from all tokens."""
     plain, both = (network(replace(MODEL, route_share=share, middle_head=0)) for share in (0.0, 0.5))
     inputs = batch()
     assert torch.equal(plain(*inputs), both(*inputs))
@@ -150,7 +151,7 @@ def test_without_a_switch_nothing_is_computed_otherwise() -> None:
 
 
 @pytest.mark.parametrize("middle_head", [1, 3, 5, 6])
-def test_the_middle_loss_counts_what_its_layer_has_seen(middle_head: int) -> None:
+def test_the_middle_loss_counts_the_tokens_of_its_layer(middle_head: int) -> None:
     model = replace(MODEL, middle_head=middle_head, depth=7)
     losses = Losses(model, DiffusionConfig(loss="x"), None, compiled=False)
     x, e, z = (torch.randn(BATCH, 3, 16, 16) for _ in range(3))
@@ -164,5 +165,5 @@ def test_the_middle_loss_counts_what_its_layer_has_seen(middle_head: int) -> Non
     assert middle_is_routed(model) == (middle_head in (3, 5, 6))
     expected = torch.full((BATCH,), 4.0 if middle_is_routed(model) else (4.0 + 900.0) / 2)
     torch.testing.assert_close(middle, expected)
-    _, of_all = losses(prediction, x, e, z, t, None)  # in the part of training without routing
+    _, of_all = losses(prediction, x, e, z, t, None)  # The last part of training has no routing.
     torch.testing.assert_close(of_all, torch.full((BATCH,), (4.0 + 900.0) / 2))

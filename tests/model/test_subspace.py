@@ -1,4 +1,4 @@
-"""The network's subspace: where it lies, and how the patch embedding begins around it."""
+"""The network's subspace: where it is stored, and how the patch embedding is initialised around it."""
 
 from dataclasses import replace
 
@@ -28,8 +28,8 @@ def orthonormal(rank: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rank", [1, 5, 8, 12, 47])
-def test_first_rows_of_the_patch_embedding_look_at_the_subspace(rank: int) -> None:
-    """As a function: the first numbers of a token are the patch's coordinates in the subspace, scaled."""
+def test_first_rows_of_the_patch_embedding_give_coordinates_in_the_subspace(rank: int) -> None:
+    """As a function: the first numbers of a token are the scaled coordinates of the patch in the subspace."""
     subspace = orthonormal(rank)
     network, plain = built(rank, subspace), built(None)
     rows = min(rank, BOTTLENECK)
@@ -40,28 +40,28 @@ def test_first_rows_of_the_patch_embedding_look_at_the_subspace(rank: int) -> No
     for name, parameter in plain.named_parameters():
         own = network.get_parameter(name)
         start = rows if name == "x_embedder.proj1.weight" else 0
-        assert torch.equal(own[start:], parameter[start:]), f"{name} is drawn as without a subspace"
+        assert torch.equal(own[start:], parameter[start:]), f"{name} gets the same random numbers as without a subspace"
 
 
 @pytest.mark.parametrize("rank", [0, NUMBERS])
-def test_both_ends_of_the_ranks_begin_as_they_did(rank: int) -> None:
+def test_both_ends_of_the_ranks_are_initialised_as_without_a_subspace(rank: int) -> None:
     network, plain = built(rank), built(None)
     assert all(torch.equal(p, q) for p, q in zip(network.parameters(), plain.parameters(), strict=True))
-    assert network.state_dict().keys() == plain.state_dict().keys(), "what the rank determines is not stored"
+    assert network.state_dict().keys() == plain.state_dict().keys(), "a subspace that the rank determines is not stored"
     assert network.stored_buffers() == {}
     assert torch.equal(network.subspace, torch.eye(NUMBERS)[:, :rank])  # type: ignore[arg-type]
     held = network_holding(plain.state_dict(), MODEL, asym(rank))
     assert torch.equal(held.subspace, torch.eye(NUMBERS)[:, :rank])  # type: ignore[arg-type]
 
 
-def test_a_network_of_x_has_no_subspace() -> None:
+def test_a_network_with_x_prediction_has_no_subspace() -> None:
     network = JiT(MODEL, DiffusionConfig(), orthonormal(5))
     assert network.subspace is None
     assert "subspace" not in network.state_dict()
 
 
-def test_a_subspace_is_missed_until_it_is_given() -> None:
-    """NaN, so that nothing is computed with it by mistake; weights without it are refused."""
+def test_a_missing_subspace_is_noticed() -> None:
+    """It is NaN, so that no result uses it by mistake. Weights without a subspace are refused."""
     network = built(5)
     assert network.subspace is not None
     assert network.subspace.isnan().all()
@@ -81,7 +81,7 @@ def test_a_subspace_is_missed_until_it_is_given() -> None:
         network_holding(given.state_dict(), MODEL, asym(6))
 
 
-def test_other_patches_have_another_subspace() -> None:
+def test_the_subspace_depends_on_the_patch_size() -> None:
     subspace = JiT(replace(MODEL, patch_size=2), asym(3)).subspace
     assert subspace is not None
     assert subspace.shape == (12, 3)

@@ -1,6 +1,6 @@
 """CUDA graphs of training blocks change no loss and no gradient.
 
-On CPUs graphs are emulated: what is captured is a list of operators, and a replay runs them again on the same memory.
+On CPUs graphs are emulated: a capture is a list of operators, and a replay runs them again on the same memory.
 """
 
 from collections import Counter
@@ -24,14 +24,14 @@ from tests.support import tiny
 
 CPU = torch.device("cpu")
 MODEL = replace(tiny.MODEL, depth=4, in_context_start=2)
-# In-context tokens begin within the route, and the middle layer reads what a routed block returns.
+# In-context tokens enter inside the route, and the middle layer reads the output of a routed block.
 ROUTED = replace(MODEL, depth=5, route_share=0.5, route_blocks=[1, -1], middle_head=2)
 ENGINE = EngineConfig(precision="fp32", attention="sdpa", align=False, compile=False)
 STEPS = 4
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps each operator with its arguments and results."""
+    """Records each operator with its arguments and results."""
 
     def __init__(self, operators: list[tuple[Any, Any, Any, Any]]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Recorder(TorchDispatchMode):
 
 
 class EmulatedGraph:
-    """A CUDA graph for CPUs."""
+    """An emulated CUDA graph for CPUs."""
 
     made: ClassVar[list["EmulatedGraph"]] = []
 
@@ -65,7 +65,7 @@ class EmulatedGraph:
         self.replays += 1
         for result, found in self.run():
             if result.data_ptr() != found.data_ptr():
-                with torch.autograd._unsafe_preserve_version_counter(result):  # autograd sees no replay
+                with torch.autograd._unsafe_preserve_version_counter(result):  # Autograd does not see a replay.
                     result.copy_(found)
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class EmulatedGraph:
 
     @torch.no_grad()
     def forget(self) -> None:
-        """Destroy what it has written, as other graphs in the same memory would."""
+        """Destroy the results, as other graphs in the same memory would."""
         for _, args, kwargs, results in self.operators:
             given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
             for t in tree_leaves(results):
@@ -87,7 +87,7 @@ class EmulatedGraph:
 
 @dataclass
 class EmulatedGenerator:
-    """torch's generator of the CPU, with what those of GPUs have."""
+    """torch's generator of the CPU, with the methods of a generator of a GPU."""
 
     get_state: Any = torch.get_rng_state
     set_state: Any = torch.set_rng_state
@@ -124,8 +124,9 @@ class Run:
 def network(device: torch.device, dropout: float, model: ModelConfig = MODEL) -> JiT:
     torch.manual_seed(0)
     net = JiT(replace(model, attn_dropout=dropout, proj_dropout=dropout)).to(device).train()
-    for name, parameter in net.named_parameters():  # zeroed layers would hide what lies below them
-        # Small queries and keys would hide the rotations of routed tokens.
+    # Layers that start at zero would hide errors of the layers below them.
+    for name, parameter in net.named_parameters():
+        # Small queries and keys would hide errors of the rotations of routed tokens.
         large = model.route_share > 0 and ("q_norm" in name or "k_norm" in name)
         torch.nn.init.normal_(parameter, mean=2.0 if large else 0.0, std=0.05)
     return net
@@ -143,7 +144,10 @@ def kept_tokens(size: int, model: ModelConfig, device: torch.device, step: int) 
 
 
 def trained(net: JiT, *, precision: str = "fp32", micro_batches: int = 1, seed: int = 0, routed_steps: int = 0) -> Run:
-    """A few steps, the first of them with routed tokens, with an evaluation and a smaller batch between them."""
+    """Train a few steps, the first of them with routed tokens.
+
+    Between the steps come an evaluation and a smaller batch.
+    """
     device, run = net.pos_embed.device, Run()
 
     def loss_of(size: int, number: int) -> torch.Tensor:
@@ -167,7 +171,8 @@ def trained(net: JiT, *, precision: str = "fp32", micro_batches: int = 1, seed: 
             for parameter in net.parameters():
                 parameter.sub_(parameter.grad, alpha=0.1)  # type: ignore[arg-type]
                 parameter.grad = None
-        if step not in (0, routed_steps):  # graphs are captured when the same batch comes again
+        # Graphs are captured when the same batch comes a second time.
+        if step not in (0, routed_steps):
             with torch.no_grad():
                 run.losses.append(net.eval()(*batch(3, device, 7)).mean())
             net.train()
@@ -204,17 +209,17 @@ def assert_same(plain: Run, graphed: Run, tolerance: float) -> None:
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
-def test_losses_and_gradients_are_those_without_graphs(
+def test_losses_and_gradients_equal_those_without_graphs(
     emulated: type[EmulatedGraph], precision: str, dropout: float, micro_batches: int, recompute: int
 ) -> None:
-    """With the same dropout, though all that graphs have written is destroyed before the next pass.
+    """The dropout is the same, although all results of graphs are destroyed before the next pass.
 
-    Sums differ in their last bits, since on CPUs they depend on where a tensor lies.
+    Sums differ in their last bits, because on CPUs they depend on the address of a tensor.
     """
     plain, graphed = both(CPU, dropout, recompute, precision, micro_batches)
     assert_same(plain, graphed, 1e-4)
-    assert plain.hooks == graphed.hooks  # each parameter's, once in a backward pass
-    replays = STEPS * micro_batches - 1  # the first pass is an ordinary one
+    assert plain.hooks == graphed.hooks  # The hook of each parameter runs once in a backward pass.
+    replays = STEPS * micro_batches - 1  # The first pass runs without graphs.
     assert [graph.replays for graph in emulated.made] == [replays] * 2 * MODEL.depth
 
 
@@ -233,7 +238,7 @@ def test_routed_tokens_and_a_middle_layer_change_nothing(
     recompute: int,
     routed_steps: int,
 ) -> None:
-    """Each image's rotations change from pass to pass; when routing ends, the graphs are captured again."""
+    """The rotations of each image change from pass to pass. When routing ends, the graphs are captured again."""
     plain, graphed = both(CPU, dropout, recompute, precision, micro_batches, ROUTED, routed_steps)
     assert_same(plain, graphed, 1e-4)
     assert plain.hooks == graphed.hooks
@@ -241,10 +246,10 @@ def test_routed_tokens_and_a_middle_layer_change_nothing(
     assert [graph.replays for graph in emulated.made] == [n for n in of_parts for _ in range(2 * ROUTED.depth)]
 
 
-def test_where_blocks_follow_each_other(emulated: type[EmulatedGraph]) -> None:
-    """Not where tokens are put aside or back, nor behind new in-context tokens; the middle layer only reads.
+def test_which_blocks_share_memory_with_the_previous_one(emulated: type[EmulatedGraph]) -> None:
+    """A block shares its input unless tokens are skipped, return or are added before it. The middle layer only reads.
 
-    Blocks of the same tokens share one memory of the rotations, which is the network's table where nothing is routed.
+    Blocks of the same tokens share one memory of the rotations. Without routing, this is the network's table.
     """
     net = network(CPU, 0.0, replace(ROUTED, in_context_start=3))
     graphs = TrainingGraphs(net, recomputed=[], accumulate=False)
@@ -260,7 +265,7 @@ def test_where_blocks_follow_each_other(emulated: type[EmulatedGraph]) -> None:
     table = net.rope.untyped_storage().data_ptr()
     of_network = [block.rope.memory.untyped_storage().data_ptr() == table for block in blocks]
     assert of_network == [True, False, False, False, True]
-    # Copied once for all blocks that read them.
+    # The rotations are copied once for all blocks that read them.
     copies = []
     for rope in {id(block.rope): block.rope for block in blocks}.values():
         copies.append(rope.copied is not None)
@@ -273,12 +278,12 @@ def test_dropout_follows_the_seed(emulated: type[EmulatedGraph]) -> None:
         net = network(CPU, 0.2)
         TrainingGraphs(net, recomputed=[], accumulate=False)
         runs.append(trained(net, seed=seed))
-    first, second = (run.losses[1] for run in runs)  # of the second step, the first one from graphs
+    first, second = (run.losses[1] for run in runs)  # the loss of the second step, the first one from graphs
     assert not torch.equal(first, second)
 
 
 def prepared(emulated: type[EmulatedGraph], network: JiT) -> TrainingGraphs:
-    """After two steps, of which the second one ran as graphs."""
+    """The graphs after two steps. The second step replayed them."""
     graphs = TrainingGraphs(network, recomputed=[], accumulate=False)
     for _ in range(2):
         network(*batch(3, CPU, 0)).sum().backward()
@@ -287,7 +292,7 @@ def prepared(emulated: type[EmulatedGraph], network: JiT) -> TrainingGraphs:
     return graphs
 
 
-def test_a_pass_that_is_overwritten_is_not_differentiated(emulated: type[EmulatedGraph]) -> None:
+def test_an_overwritten_pass_cannot_be_differentiated(emulated: type[EmulatedGraph]) -> None:
     net = network(CPU, 0.0)
     prepared(emulated, net)
     first = net(*batch(3, CPU, 0)).sum()
@@ -296,7 +301,7 @@ def test_a_pass_that_is_overwritten_is_not_differentiated(emulated: type[Emulate
         first.backward()
 
 
-def test_weights_must_stay_where_they_are(emulated: type[EmulatedGraph]) -> None:
+def test_weights_must_keep_their_addresses(emulated: type[EmulatedGraph]) -> None:
     net = network(CPU, 0.0)
     prepared(emulated, net)
     weight = net.blocks[1].get_parameter("mlp.w3.weight")
@@ -313,8 +318,8 @@ def test_gradients_in_use_are_not_overwritten(emulated: type[EmulatedGraph]) -> 
         net(*batch(3, CPU, 0)).sum().backward()
 
 
-def test_what_is_released_is_captured_again(emulated: type[EmulatedGraph]) -> None:
-    """A measurement needs the memory; training goes on as if nothing had happened."""
+def test_released_graphs_are_captured_again(emulated: type[EmulatedGraph]) -> None:
+    """A measurement needs the memory. Training continues without a change."""
     net = network(CPU, 0.0)
     graphs = prepared(emulated, net)
     net(*batch(3, CPU, 1)).sum().backward()
@@ -322,7 +327,7 @@ def test_what_is_released_is_captured_again(emulated: type[EmulatedGraph]) -> No
     net.zero_grad()
     before = len(emulated.made)
     graphs.release()
-    graphs.release()  # nothing is left to release
+    graphs.release()  # Nothing is left to release.
     net(*batch(3, CPU, 1)).sum().backward()
     assert len(emulated.made) == 2 * before
     assert {graph.replays for graph in emulated.made[before:]} == {1}
@@ -333,7 +338,7 @@ def test_what_is_released_is_captured_again(emulated: type[EmulatedGraph]) -> No
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
-def test_graphs_that_do_not_fit_are_refused_with_the_remedy(
+def test_graphs_that_need_too_much_memory_are_refused_with_the_remedy(
     emulated: type[EmulatedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = network(CPU, 0.0)
@@ -352,7 +357,7 @@ def test_graphs_need_a_gpu() -> None:
     engine = replace(ENGINE, cuda_graphs=True)
     with pytest.raises(ConfigError, match=r"engine\.cuda_graphs=true: cpu has none; set it to false, or take a GPU"):
         prepare(JiT(MODEL), engine, CPU, training=True)
-    assert not prepare(JiT(MODEL), engine, CPU, training=False).graphs  # sampling has a setting of its own
+    assert not prepare(JiT(MODEL), engine, CPU, training=False).graphs  # Sampling has a setting of its own.
 
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -373,7 +378,7 @@ def deterministic() -> Iterator[None]:
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
 def test_graphs_change_nothing_on_a_gpu(precision: str, dropout: float, micro_batches: int, recompute: int) -> None:
-    """Losses and gradients within what two runs of the same network differ by, and the same dropout."""
+    """Losses and gradients differ no more than two runs of the same network differ. The dropout is the same."""
     gpu = torch.device("cuda", 0)
     with deterministic():
         plain, graphed = both(gpu, dropout, recompute, precision, micro_batches)

@@ -1,4 +1,4 @@
-"""What the checks share: folders, shards, processes under test, and what a check answers."""
+"""The parts that all checks share: folders, shards, processes under test, and the result of a check."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ KIT = Path(__file__).resolve().parent
 HOME = Path(os.environ.get("NULLCUDA_HOME", Path.home() / ".cache/jitscale-nullcuda"))
 CHECKOUT = KIT.parents[1]
 CONFIG = "configs/jit_h_256.yaml"
-# A small network with the head dim of JiT-H, 80; no warm-up, no W&B.
+# A small network with JiT-H's head dim, 80. There is no warm-up and no W&B.
 SMALL = [
     *("model.image_size=32", "model.patch_size=4", "model.hidden_size=320", "model.depth=4", "model.num_heads=4"),
     *("model.in_context_start=1", "model.in_context_len=4", "model.bottleneck_dim=16", "model.num_classes=10"),
     *("data.batch_size=16", "data.num_workers=1", "data.streams=4", "data.window=16", "optim.warmup_images=0"),
     *("run.max_images=null", "run.max_steps=6", "tracking.wandb=off", "tracking.log_every_steps=2"),
     *("checkpoint.every_images=48", "evaluation.grid_every_images=0", "evaluation.block_size=8"),
-    *("evaluation.at_end=false", "evaluation.every_images=0"),  # a recipe may measure; only MEASURE shall here
+    *("evaluation.at_end=false", "evaluation.every_images=0"),  # A recipe may measure; here only MEASURE does.
 ]
 EAGER = ["engine.compile=false"]
 HARD = ["optim.grad_clip=1.0", "engine.micro_batch_size=8", "checkpoint.asynchronous=true"]
@@ -37,17 +37,18 @@ MEASURE = [
     *("evaluation.at_end=true", "evaluation.features=digits", "evaluation.num_images=32", "evaluation.steps=4"),
     "evaluation.sweep=null",
 ]
-# Half of the tokens skip two of the four blocks; the middle output layer sees the others.
+# Half of the tokens skip two of the four blocks. The middle output layer sees the other half.
 ROUTED = ["model.route_share=0.5", "model.route_blocks=[1,-1]", "model.middle_head=2"]
-LIMIT = 1200.0  # seconds for one process
-PATIENCE = 5.0  # seconds that a rank lives on after another has failed
-STEP = 4  # the recorded one: earlier ones allocate
-QUIET = ["checkpoint.every_images=1000000000", "tracking.log_every_steps=1000"]  # around a recorded step
+LIMIT = 1200.0  # in seconds, for one process
+PATIENCE = 5.0  # in seconds; a rank lives this long after another one has failed
+STEP = 4  # the recorded step; earlier steps allocate memory
+# No saves and few log lines happen around the recorded step.
+QUIET = ["checkpoint.every_images=1000000000", "tracking.log_every_steps=1000"]
 
 
 @dataclass
 class Outcome:
-    """Of a check: the figure is one line, the details are lines below it."""
+    """The result of a check. The figure is one line; the details are lines below it."""
 
     ok: bool
     figure: str
@@ -56,7 +57,7 @@ class Outcome:
 
 @dataclass
 class Finished:
-    """A process: its exit code, output, and what inside.py has recorded."""
+    """A finished process: its exit code, its output, and the record of inside.py."""
 
     code: int
     output: str
@@ -68,9 +69,9 @@ class Finished:
         return self.report.get("step")
 
     def why(self, needed: Sequence[str] = ("probe", "train_step"), several: bool = False) -> str:
-        """The line that tells most about a failure; of several processes, the first one's.
+        """The most informative line about a failure. With several processes, the line comes from the first one.
 
-        `needed` are patches of inside.py whose absence may be the reason.
+        `needed` names patches of inside.py. A missing patch may be the reason of the failure.
         """
         lines = [re.sub(r"^\[\w+\]:\s*", "", line).strip() for line in self.output.replace("\r", "\n").splitlines()]
         told = [
@@ -79,7 +80,8 @@ class Finished:
             if re.match(r"(error: |srun: error|preflight: node|[\w.]*(Error|Exception|Unsupported)\b.*: )", line)
         ]
         whole = [line for line in lines if line] or ["no output"]
-        text = told[0 if several else -1] if told else whole[-1]  # a chain of exceptions ends with the one that counts
+        # In a chain of exceptions, the last one is the cause that counts.
+        text = told[0 if several else -1] if told else whole[-1]
         missing = sorted(set(needed) - set(self.report.get("patched", []))) if self.report else []
         found = (
             f" [not found in what was imported until then, to be patched: {', '.join(missing)}; see inside.py]"
@@ -90,14 +92,15 @@ class Finished:
 
 
 class Bench:
-    """Where checks run: folders, shards, environments."""
+    """The place where checks run: folders, shards, environments."""
 
     def __init__(self, scratch: Path, logs: Path) -> None:
         self.scratch, self.logs = scratch, logs
         self._shards: dict[int, Path] = {}
         self._lock = threading.Lock()
-        self._failed_at: dict[str, list[float]] = {}  # by port, where ranks of a group have failed
-        # As if the checkout were installed: its version is asked for when a checkpoint is written.
+        # the times at which ranks of a group have failed, by the group's port
+        self._failed_at: dict[str, list[float]] = {}
+        # The checkout looks installed, because a save asks for its version.
         version = re.search(r'^version = "(.+)"', (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
         described = scratch / "installed" / f"jitscale-{version[1] if version else '0'}.dist-info"
         described.mkdir(parents=True)
@@ -129,7 +132,7 @@ class Bench:
             return self._shards[size]
 
     def run(self, log: str, command: Sequence[str], variables: dict[str, str], folder: Path = CHECKOUT) -> Finished:
-        """Run a command to its end; it and its children are ended at the limit, or soon after a peer has failed."""
+        """Run a command to its end. At the time limit, or soon after a peer has failed, end it and its children."""
         report, path = self.scratch / f"{log}.json", self.scratch / f"{log}.log"
         environment = {**self.environment, "NULLCUDA_REPORT": str(report), "NULLCUDA_STEP": str(STEP), **variables}
         peers = self._failed_at.get(variables.get("MASTER_PORT", ""), None)
@@ -146,7 +149,7 @@ class Bench:
         code = process.wait()
         if code != 0 and peers is not None:
             peers.append(time.monotonic())
-        shutil.copyfile(path, self.logs / path.name)  # where checks of another checkout may write at the same time
+        shutil.copyfile(path, self.logs / path.name)  # Checks of another checkout may write here at the same time.
         recorded = json.loads(report.read_text()) if report.exists() else {}
         return Finished(code, path.read_text(errors="replace"), recorded, time.monotonic() - started)
 
@@ -158,7 +161,7 @@ class Bench:
         variables: dict[str, str] | None = None,
         folder: Path = CHECKOUT,
     ) -> Finished:
-        """A module of the project with the patches of inside.py."""
+        """Run a module of the project with the patches of inside.py."""
         inside = [sys.executable, str(KIT / "inside.py"), "-m", module, *arguments]
         return self.run(log, inside, variables or {}, folder)
 
@@ -171,14 +174,14 @@ class Bench:
         run: str | None = None,
         config: str = CONFIG,
     ) -> Finished:
-        """jitscale.train on the small network, or on the config's own."""
+        """Run jitscale.train on the small network, or on the config's own network."""
         size = 32 if small else 256
         own = (
             SMALL
             if small
             else [
                 "tracking.wandb=off",
-                "data.classes=subset",  # these images have ten
+                "data.classes=subset",  # These images have ten classes.
                 "data.streams=8",
                 "data.window=32",
                 "data.num_workers=2",
@@ -191,7 +194,7 @@ class Bench:
     def ranks(
         self, name: str, settings: Sequence[str], devices: str, variables: dict[str, str] | None = None
     ) -> list[Finished]:
-        """Two ranks as torchrun has them, or srun that binds a GPU to each task."""
+        """Run two ranks with the environment that torchrun sets, or srun if it binds a GPU to each task."""
         self.shards(32)
         common = {
             "WORLD_SIZE": "2",
@@ -235,7 +238,7 @@ def check(slow: bool = False) -> Callable[[Check], Check]:
 
 
 def idle(done: Finished) -> str | None:
-    """What is wrong with a run that ended well but may not have used the device."""
+    """The fault of a run that ended well but may not have used the device; None: no fault."""
     if done.step is None:
         return "the run ended well, but no step was recorded: is there a method train_step? see inside.py"
     counted = done.step["counters"]

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Make the environment of the null CUDA, on a machine without a GPU:
 #
-#     tests/nullcuda/build.sh             # again: nothing is done twice
+#     tests/nullcuda/build.sh             # a second call does nothing twice
 #     tests/nullcuda/build.sh --library   # only compile null/*.c again
 #
-# NULLCUDA_HOME    where it goes (default: ~/.cache/jitscale-nullcuda); 5.5 GB, never inside the checkout
+# NULLCUDA_HOME    folder of the environment (default: ~/.cache/jitscale-nullcuda); 5.5 GB, never inside the checkout
 # NULLCUDA_TORCH   version of PyTorch (default: 2.11.0); its wheel must be a CUDA build
 # PYTHON           interpreter (default: python3), with its headers, which Triton compiles against
 set -euo pipefail
@@ -20,7 +20,7 @@ fail() { say "$*" >&2; exit 2; }
 
 case $(realpath -m "$home")/ in "$(realpath .)"/*) fail "NULLCUDA_HOME=$home lies inside the checkout; choose another" ;; esac
 
-# What Debian has to give: a C compiler, for the null libraries and for Triton, and Python's headers and venv.
+# Packages of Debian: a C compiler, for the null libraries and for Triton, and Python's headers and venv.
 missing=()
 command -v gcc > /dev/null && command -v nm > /dev/null || missing+=(gcc libc6-dev binutils)
 command -v "$python" > /dev/null || missing+=(python3)
@@ -35,16 +35,16 @@ fi
 compile() {
     local site include triton
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    triton=$site/triton/backends/nvidia/include # has the parts of the headers that the runtime's wheel lacks
+    triton=$site/triton/backends/nvidia/include # These headers complete those of the runtime's wheel.
     for include in "$site"/nvidia/cu*/include "$site"/nvidia/cuda_runtime/include; do
         [ -f "$include/cuda_runtime_api.h" ] && break
     done
     [ -f "$include/cuda_runtime_api.h" ] || fail "no cuda_runtime_api.h in $site/nvidia: is this torch a CUDA build?"
     mkdir -p "$home/lib"
     gcc -O1 -shared -fPIC -Wall -Wl,-soname,libcuda.so.1 -I"$include" -I"$triton" "$kit"/null/*.c -o "$home/lib/libcuda.so.1.new" -ldl -lpthread
-    mv "$home/lib/libcuda.so.1.new" "$home/lib/libcuda.so.1" # programs that run keep the old one
+    mv "$home/lib/libcuda.so.1.new" "$home/lib/libcuda.so.1" # Running programs keep the old file.
     ln -sfn libcuda.so.1 "$home/lib/libcuda.so"
-    # What torch asks of CUDA and we do not have goes to the real libraries, which find no driver.
+    # torch also calls functions that the null libraries lack. The real libraries answer them, and find no driver.
     nm -D --defined-only "$home/lib/libcuda.so.1" | awk '{print $3}' | sort > "$home/lib/has"
     for library in libc10_cuda libtorch_cuda libtorch_python libcaffe2_nvrtc; do
         nm -D --undefined-only "$site/torch/lib/$library.so" 2> /dev/null || true
@@ -63,7 +63,8 @@ if [ "${1:-}" != --library ]; then
         pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-cache-dir -qq "$@"; }
         say "installing torch $torch"
         pip install "torch==$torch" numpy
-        # The project's dependencies and its float8 extra, without the project; its versions where torch allows them.
+        # The project's dependencies and its float8 extra, without the project. The pinned versions hold unless torch excludes
+        # them.
         "$venv/bin/python" - "$home" << 'END'
 import sys
 from importlib.metadata import requires

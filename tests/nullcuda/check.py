@@ -1,11 +1,11 @@
 """Does the project's CUDA code run? From the project's checkout, on a machine without a GPU:
 
-    tests/nullcuda/run.sh python -m tests.nullcuda.check              # all but the slow ones
-    tests/nullcuda/run.sh python -m tests.nullcuda.check waits full_h # these
+    tests/nullcuda/run.sh python -m tests.nullcuda.check              # all quick checks
+    tests/nullcuda/run.sh python -m tests.nullcuda.check waits full_h # these two checks
     tests/nullcuda/run.sh python -m tests.nullcuda.check --list
 
-A line a check, `ok name: figure` or `FAIL name: figure`, and below it what there is to know; exit code 1 if any failed.
-The whole output of each process is kept in $NULLCUDA_HOME/logs.
+Each check prints one line, `ok name: figure` or `FAIL name: figure`, and details below it. Exit code 1: a check failed.
+$NULLCUDA_HOME/logs keeps the whole output of each process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def main() -> int:
     logs = HOME / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     scratch = HOME / "scratch" / str(os.getpid())
-    for other in (HOME / "scratch").glob("[0-9]*"):  # of checks that were killed
+    # Remove the folders of killed checks.
+    for other in (HOME / "scratch").glob("[0-9]*"):
         if other == scratch or not Path(f"/proc/{other.name}").exists():
             shutil.rmtree(other, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -63,7 +64,7 @@ def main() -> int:
             nonlocal failed
             try:
                 outcome = CHECKS[name][0](bench)
-            except Exception as error:  # a check's own fault must not hide the others
+            except Exception as error:  # An error of one check must not hide the others.
                 outcome = Outcome(False, f"the check itself failed: {type(error).__name__}: {error}")
             failed += not outcome.ok
             lines = [

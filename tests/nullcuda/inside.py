@@ -1,21 +1,21 @@
 """Runs a module of the project in the process under test: python inside.py [-u] -m jitscale.train ARGUMENTS
 
-Before, what a device without values cannot answer is answered here, and nothing else is changed:
+A device without values cannot answer some questions. These patches answer them; nothing else is changed:
 
-    probe       attention's kernels are tried forward and backward; the comparison of their values is passed over
-    gpu         the preflight multiplies on the GPU; the comparison of the product is passed over
-    nonzero     on the device finds nothing: its count would be whatever lay there
-    exp2        on the device is a power: torch compiles it with NVRTC at run time, which needs a driver
-    cudnn       off, in torch: the real library would look for a driver
-    lists       of rank 0, which DeepSpeed's stage 3 broadcasts and compares with its own, are its own
+    probe       attention's kernels run forward and backward; the comparison of their values is skipped
+    gpu         the preflight multiplies on the GPU; the comparison of the product is skipped
+    nonzero     finds nothing on the device: its count would be arbitrary
+    exp2        becomes a power on the device: torch compiles it with NVRTC at run time, which needs a driver
+    cudnn       is off in torch: the real library would look for a driver
+    lists       that DeepSpeed's stage 3 receives from rank 0 are replaced by the rank's own
 
-One training step is recorded if NULLCUDA_REPORT names a file: the NULLCUDA_STEP-th call (default: 4) of a method named
-train_step. The file is JSON: {"patched": [...], "step": {"counters": ..., "events": [...], "seconds": ...}}. With
-NULLCUDA_STOP the process ends there.
+If NULLCUDA_REPORT names a file, one training step is recorded: the NULLCUDA_STEP-th call (default: 4) of a method named
+train_step. The file is JSON: {"patched": [...], "step": {"counters": ..., "events": [...], "seconds": ...}}. If
+NULLCUDA_STOP is set, the process ends there.
 
-`install()` makes the same changes in a process that was started in another way.
+`install()` makes the same changes in a process that was started differently.
 
-Functions of the project are found by their names, in whichever module of it they are.
+Functions of the project are found by name, in any module of the package.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     install()
     sys.argv = [arguments[1], *arguments[2:]]
     sys.path[0] = os.getcwd()
-    module = importlib.import_module(arguments[1])  # as a module: what runs as __main__ is not patched
+    module = importlib.import_module(arguments[1])  # A module that runs as __main__ would not be patched.
     exec(_main_part(module), vars(module))
 
 
@@ -68,7 +68,7 @@ def install() -> None:
 
 
 def _main_part(module: ModuleType) -> CodeType:
-    """What stands under `if __name__ == "__main__":`."""
+    """The code below `if __name__ == "__main__":`."""
     for part in ast.parse(inspect.getsource(module)).body:
         if isinstance(part, ast.If) and "__main__" in ast.unparse(part.test):
             return compile(ast.Module(part.body, []), str(module.__file__), "exec")
@@ -76,7 +76,7 @@ def _main_part(module: ModuleType) -> CodeType:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Patches each module of the project when it has been imported."""
+    """Patches each module of the project after its import."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -115,7 +115,7 @@ def _patch(names: dict[str, Any], module: str) -> None:
 
 
 def _without(call: Callable[..., Any], error: type[Exception], pattern: str) -> Callable[..., Any]:
-    """`call`, but an `error` whose message fits `pattern`, which tells of wrong values, is passed over."""
+    """`call` without errors about wrong values: an `error` whose message matches `pattern` is ignored."""
 
     @functools.wraps(call)
     def tolerant(*arguments: Any, **named: Any) -> Any:
@@ -147,7 +147,7 @@ def _recorded(train_step: Callable[..., Any]) -> Callable[..., Any]:
         report["step"] = {"counters": nulllib.counters(), "events": found, "seconds": seconds}
         _write()
         if os.environ.get("NULLCUDA_STOP"):
-            os._exit(0)  # before a save of a large network
+            os._exit(0)  # The process ends before it saves a large network.
         return loss
 
     return step

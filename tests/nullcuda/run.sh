@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run a command where CUDA is there and does nothing: tests/nullcuda/run.sh python ...
-# NULL_DEVICES GPUs are seen (default: 8).
+# Run a command with a CUDA that does nothing: tests/nullcuda/run.sh python ...
+# NULL_DEVICES is the number of visible GPUs (default: 8).
 set -euo pipefail
 kit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 checkout=$(cd "$kit/../.." && pwd)
@@ -10,7 +10,7 @@ if [ ! -x "$home/venv/bin/python" ] || [ ! -f "$home/lib/libcuda.so.1" ]; then
     exit 2
 fi
 export NULLCUDA_HOME=$home PATH=$home/venv/bin:$PATH
-# The checkout, which is not installed, and nulllib; nothing is written into either.
+# Python finds the checkout, which is not installed, and nulllib here. It writes no bytecode into either.
 export PYTHONPATH=$checkout:$kit${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$home/cache/inductor} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$home/cache/triton}
 export TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -14,7 +14,7 @@ from tests.planner.test_planner import shipped
 def test_backward_hides_nine_tenths_of_the_gradients(name: str, ranks: int) -> None:
     sizes = [math.prod(shape) for shape in parameter_shapes(shipped(name).model).values()]
     elements = reduce_bucket_elements(sum(sizes), max(sizes), ranks)
-    assert elements >= max(sizes), "DeepSpeed would reduce a larger parameter outside its buckets"
+    assert elements >= max(sizes), "DeepSpeed reduces a larger parameter outside of its buckets"
     assert sum(sizes) / elements > BUCKETS - 1
 
 

@@ -1,4 +1,4 @@
-"""What is counted from shapes next to real networks, and the plan that follows from it."""
+"""The memory and the communication of a run, and the plan that follows from them."""
 
 from __future__ import annotations
 
@@ -9,62 +9,16 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-import torch
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
-from jitscale.config import (
-    Config,
-    EmaConfig,
-    EngineConfig,
-    ModelConfig,
-    OptimConfig,
-    image_shape,
-    images_of_run,
-    load_config,
-    routed_blocks,
-    routed_tokens,
-)
-from jitscale.model.attention import unfused
-from jitscale.model.flops import forward_flops, mean_training_flops, training_flops
+from jitscale.config import ModelConfig, OptimConfig, images_of_run
+from jitscale.model.flops import mean_training_flops, training_flops
 from jitscale.model.jit import JiT
 from jitscale.planner.buckets import reduce_bucket_elements
 from jitscale.planner.choice import candidate, recommend
-from jitscale.planner.memory import (
-    activation_bytes,
-    objective_bytes,
-    parameter_shapes,
-    parameters_by_kind,
-    state_memory,
-)
+from jitscale.planner.memory import parameter_shapes, parameters_by_kind, state_memory
 from jitscale.planner.timing import Cluster, Communication, communication
-from tests.support import ROOT
-from tests.support.tiny import MODEL
+from tests.planner.runs import TINY, planned, shipped
 from tests.support.tools import run_tool
-
-TINY = replace(
-    MODEL,
-    image_size=64,
-    patch_size=8,
-    hidden_size=96,
-    depth=4,
-    num_heads=3,
-    bottleneck_dim=24,
-    in_context_len=8,
-)
-# Parameters: spec of the authors' code, for G from its layer sizes; GFLOP forward and TFLOP in training, rounded.
-KNOWN = {
-    "b": (131_123_712, 50.45, 0.1513),
-    "l": (458_877_664, 175.9, 0.5277),
-    "h": (952_514_368, 363.9, 1.0917),
-    "g": (None, 767.5, 2.3025),
-}
-
-
-def planned(model: ModelConfig, decays: int = 0, **engine: Any) -> Config:
-    """A run with `decays` averages."""
-    averages = EmaConfig(decays=[1 - 0.1 / (index + 1) for index in range(decays)])
-    return Config(model=model, engine=EngineConfig(**engine), ema=averages)
 
 
 def traffic_of(
@@ -75,166 +29,8 @@ def traffic_of(
     return communication(config, cluster)
 
 
-def shipped(name: str, *overrides: str) -> Config:
-    return load_config(ROOT / "configs" / f"jit_{name}.yaml", overrides)
-
-
-@pytest.mark.parametrize("size", list(KNOWN))
-def test_known_sizes(size: str) -> None:
-    model = shipped(f"{size}_256").model
-    parameters, forward, training = KNOWN[size]
-    total = sum(parameters_by_kind(model).values())
-    assert total == parameters if parameters is not None else total == pytest.approx(2007e6, rel=1e-3)
-    assert forward_flops(model) / 1e9 == pytest.approx(forward, rel=1e-3)
-    assert training_flops(model) / 1e12 == pytest.approx(training, rel=1e-3)
-
-
-@pytest.mark.parametrize("model", [TINY, replace(TINY, in_context_len=0), replace(TINY, num_classes=0)])
-def test_every_parameter_is_of_one_kind(model: ModelConfig) -> None:
-    kinds = parameters_by_kind(model)
-    network = JiT(model)
-    assert sum(kinds.values()) == sum(p.numel() for p in network.parameters())
-    blocks = list(network.blocks)
-    assert kinds["attention"] == sum(
-        p.numel() for b in blocks for m in (b.attn.qkv, b.attn.proj) for p in m.parameters()
-    )  # type: ignore[union-attr]
-    assert kinds["feed-forward"] == sum(p.numel() for b in blocks for p in b.mlp.parameters())  # type: ignore[union-attr]
-    assert all(count > 0 for count in kinds.values())
-
-
-class Kept:
-    """Counts the bytes that autograd keeps inside the context, each storage once, parameters left out."""
-
-    def __init__(self, network: JiT) -> None:
-        tensors = [*network.parameters(), *network.buffers()]
-        self._not_counted = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        self._held: dict[int, torch.Tensor] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._held.values())
-
-    def __enter__(self) -> Kept:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in self._not_counted:
-            self._held.setdefault(address, tensor)
-        return tensor
-
-
-def kept_bytes(model: ModelConfig, batch: int, precision: str, *, routed: bool = True) -> int:
-    network = JiT(model).train()
-    if precision == "bf16":
-        network = network.bfloat16()
-    z = torch.randn(batch, *image_shape(model)).to(next(network.parameters()).dtype)
-    with Kept(network) as kept, torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        tokens = torch.arange(routed_tokens(model)).expand(batch, -1) if routed and routed_blocks(model) else None
-        output = network(
-            z, torch.rand(batch), torch.zeros(batch, dtype=torch.long), tokens, middle=model.middle_head > 0
-        )
-    assert output.requires_grad
-    return kept.bytes
-
-
-@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
-@pytest.mark.parametrize(
-    ("model", "batch"),
-    [
-        (TINY, 1),
-        (TINY, 6),
-        (replace(TINY, in_context_len=0, depth=2), 3),
-        (replace(TINY, hidden_size=192, num_heads=2, patch_size=16), 8),
-        (replace(TINY, patch_size=16, in_channels=1, depth=3), 8),
-    ],
-)
-def test_activations_are_what_autograd_keeps(model: ModelConfig, batch: int, precision: str) -> None:
-    """Within 3%; 10% is asked for."""
-    expected = activation_bytes(planned(model, precision=precision), batch)
-    assert kept_bytes(model, batch, precision) == pytest.approx(expected, rel=0.03)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"route_share": 0.5},
-        {"route_share": 0.25, "route_blocks": [0, 5], "in_context_start": 3},
-        {"middle_head": 2},
-        {"middle_head": 4, "route_share": 0.5, "route_blocks": [1, -1]},
-    ],
-)
-def test_activations_of_routed_tokens_and_of_a_middle_layer(changes: dict[str, Any], precision: str) -> None:
-    """Fewer if tokens are routed to the end of the run, and those of all tokens if not."""
-    model = replace(TINY, **{"depth": 6, "route_blocks": [1, -1], **changes})
-    config = planned(model, precision=precision)
-    expected = activation_bytes(config, 6)
-    assert kept_bytes(model, 6, precision) == pytest.approx(expected, rel=0.03)
-    config.run.max_images, config.run.route_until_images = 100, 99
-    of_all = activation_bytes(config, 6)
-    assert kept_bytes(model, 6, precision, routed=False) == pytest.approx(of_all, rel=0.03)
-    assert (of_all > 1.1 * expected) == (model.route_share > 0)
-    config.run.route_until_images = 100
-    assert activation_bytes(config, 6) == expected
-
-
-def test_a_middle_layer_has_a_loss_of_its_own() -> None:
-    for channels in (1, 3):
-        sizes = [objective_bytes(replace(TINY, middle_head=block, in_channels=channels), 2) for block in (0, 2)]
-        assert sizes == [2 * 4 * channels * 64**2 * tensors for tensors in (6, 9)]
-
-
-def counted_flops(model: ModelConfig) -> int:
-    """By torch, of forward and backward passes of one image, products and attention."""
-    network = JiT(model).train()
-    for block in network.blocks:
-        block.attn.kernel = unfused  # torch does not count the fused one of CPUs
-    kept = torch.arange(routed_tokens(model))[None] if routed_blocks(model) else None
-    z = torch.randn(1, *image_shape(model))
-    with FlopCounterMode(display=False) as counter:
-        out = network(z, torch.rand(1), torch.zeros(1, dtype=torch.long), kept, middle=True)
-        forward = counter.get_total_flops()
-        out.square().mean().backward()
-    assert counter.get_total_flops() > 2 * forward
-    return forward
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"route_share": 0.0},
-        {"middle_head": 1},
-        {"middle_head": 6, "route_blocks": [0, 6]},
-        {"route_share": 0.3, "in_context_start": 0},
-        {"in_context_len": 0},
-        {"in_channels": 1},
-    ],
-)
-def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
-    """Of a forward pass in training; to the last one."""
-    model = replace(TINY, **{"depth": 7, "middle_head": 3, "route_share": 0.5, "in_context_start": 3, **changes})
-    assert counted_flops(model) == forward_flops(model, training=True)
-    assert forward_flops(model) == forward_flops(replace(model, route_share=0.0, middle_head=0))
-
-
-@pytest.mark.parametrize(("size", "share"), [("b", 0.686), ("l", 0.608), ("h", 0.591), ("g", 0.584)])
-def test_half_of_the_tokens_cost_so_much(size: str, share: float) -> None:
-    """Of a step's operations, with the default blocks, all but two at each end."""
-    config = shipped(f"{size}_256", "model.route_share=0.5")
-    whole = training_flops(config.model, routed=False)
-    assert whole == training_flops(shipped(f"{size}_256").model)
-    assert training_flops(config.model) / whole == pytest.approx(share, abs=0.001)
-
-
 def test_routing_shortens_the_plan() -> None:
-    """By the operations that it saves, in the part of the run in which it acts."""
+    """The time falls by the saved operations, in the part of the run that routes."""
     plain, routed = shipped("h_256"), shipped("h_256", "model.route_share=0.5")
     cluster = Cluster(gpus=32, gpu_memory=141e9)
     before, after = (candidate(config, cluster, stage=1, micro_batch=32) for config in (plain, routed))
@@ -244,55 +40,14 @@ def test_routing_shortens_the_plan() -> None:
     routed.run.route_until_images = images_of_run(routed) // 4 * 3
     ends = candidate(routed, cluster, stage=1, micro_batch=32)
     assert ends.compute_seconds / before.compute_seconds == pytest.approx(0.75 * saved + 0.25, rel=1e-6)
-    assert ends.memory.activations == before.memory.activations, "the last part needs them"
+    assert ends.memory.activations == before.memory.activations, "the last part of the run keeps all tokens"
     assert mean_training_flops(routed) == pytest.approx(
         0.75 * training_flops(routed.model) + 0.25 * training_flops(plain.model), rel=1e-6
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("autocast", marks=pytest.mark.slow)])
-def test_activations_of_jit_b(precision: str) -> None:
-    model = replace(shipped("b_256").model, depth=6, num_classes=10)
-    expected = activation_bytes(planned(model, precision=precision), 1)
-    assert kept_bytes(model, 1, precision) == pytest.approx(expected, rel=0.03)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_checkpointing_keeps_inputs_and_one_block(monkeypatch: pytest.MonkeyPatch, every: int, precision: str) -> None:
-    """What autograd keeps around checkpointed blocks, their inputs among it, and the largest one computed again."""
-    network = JiT(TINY).train()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    network = network.to(dtype)
-    blocks: list[int] = []
-
-    def checkpointed(forward: Any) -> Any:
-        def run(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-            with Kept(network) as kept:
-                forward(x, *others)
-            blocks.append(kept.bytes)
-            return checkpoint(forward, x, *others, use_reentrant=False)
-
-        return run
-
-    for block in network.blocks[::every]:
-        monkeypatch.setattr(block, "forward", checkpointed(block.forward))
-    z, t, y = torch.randn(8, 3, 64, 64, dtype=dtype), torch.rand(8), torch.zeros(8, dtype=torch.long)
-    with Kept(network) as around:
-        output = network(z, t, y)
-    assert output.requires_grad
-    expected = activation_bytes(planned(TINY, precision=precision, activation_checkpointing=every), 8)
-    assert around.bytes + max(blocks) == pytest.approx(expected, rel=0.03)
-
-
-def test_checkpointing_more_blocks_keeps_less() -> None:
-    model = shipped("h_256").model
-    kept = [activation_bytes(planned(model, precision="bf16", activation_checkpointing=k), 16) for k in (1, 2, 4, 0)]
-    assert all(a < b for a, b in pairwise(kept))
-
-
 def test_memory_by_the_rule_of_sixteen_bytes() -> None:
-    """fp32: 4 bytes a parameter each for weight, gradient, master and average, 8 for moments."""
+    """In fp32 each parameter takes 4 bytes for weight, gradient, master and average each, and 8 bytes for moments."""
     model = shipped("b_256").model
     count = sum(parameters_by_kind(model).values())
     memory = {s: state_memory(planned(model, 3, zero_stage=s, precision="fp32"), ranks=8) for s in range(4)}
@@ -330,15 +85,16 @@ def test_bytes_and_seconds_on_the_wire() -> None:
     node = Cluster(gpus=8, gpu_memory=80e9, intra=400e9)
     one, two, three = (traffic_of(model, node, 16, micro_batches=2, zero_stage=s) for s in (1, 2, 3))
     part = 7 / 8 * size
-    assert one.bytes == pytest.approx(3 * part)  # all-reduce once, gather once
-    assert two.bytes == pytest.approx(5 * part)  # all-reduce twice, gather once
-    assert three.bytes == pytest.approx(6 * part)  # two gathers and a reduce-scatter, twice
+    assert one.bytes == pytest.approx(3 * part)  # one all-reduce, one gather
+    assert two.bytes == pytest.approx(5 * part)  # two all-reduces, one gather
+    assert three.bytes == pytest.approx(6 * part)  # two gathers and a reduce-scatter, each twice
     for traffic in (one, two, three):
         assert traffic.seconds == pytest.approx(traffic.bytes / 400e9)
     assert one.after_step == pytest.approx(part / 400e9)
     assert three.after_step == 0
     assert traffic_of(model, node, 16, zero_stage=1, precision="bf16").bytes == pytest.approx(1.5 * part)
-    # Two nodes: each receives half through its eight cards, which is slower than the links inside.
+    # Each of two nodes receives half of the data through its eight cards, which are slower than the links inside a
+    # node.
     nodes = replace(node, gpus=16, inter=10e9)
     between = traffic_of(model, nodes, 16, zero_stage=1)
     assert between.after_step == pytest.approx(0.5 * size / (8 * 10e9))
@@ -346,7 +102,7 @@ def test_bytes_and_seconds_on_the_wire() -> None:
     assert (alone.bytes, alone.seconds, alone.exposed) == (0, 0, 0)
 
 
-def test_what_backward_cannot_hide() -> None:
+def test_communication_that_backward_cannot_hide() -> None:
     model = shipped("h_256").model
     cluster = Cluster(gpus=64, gpu_memory=141e9)
     for stage in (1, 2, 3):
@@ -357,7 +113,7 @@ def test_what_backward_cannot_hide() -> None:
         batches = (enough, enough - 1, 10 * enough)
         at, below, above = (traffic_of(model, cluster, b, zero_stage=stage) for b in batches)
         assert at.exposed == above.exposed < below.exposed
-        # With nothing but the first piece to wait for, and the gather after the update.
+        # Only the first piece and the gather after the update are not hidden.
         assert at.exposed == pytest.approx(at.after_step + (at.seconds - at.after_step) / model.depth)
     waiting = traffic_of(model, replace(cluster, overlap=False), 16, zero_stage=1)
     assert waiting.exposed == pytest.approx(waiting.seconds)
@@ -396,7 +152,7 @@ def test_recommendations() -> None:
     assert recommend(large, Cluster(gpus=1, gpu_memory=24e9)) is None
 
 
-def test_the_recipe_of_bf16_weights_is_what_is_recommended() -> None:
+def test_the_recipe_of_bf16_weights_is_recommended() -> None:
     config = shipped("h_256_bf16")
     choice = recommend(config, Cluster(gpus=16, gpu_memory=141e9))
     assert choice is not None
@@ -441,11 +197,11 @@ def test_json_is_consistent() -> None:
         assert option["images_per_second"] == pytest.approx(2048 / option["step_seconds"])
         assert option["days"] * 86_400 * option["images_per_second"] == pytest.approx(768_700_200)
         assert option["gpu_hours"] == pytest.approx(option["days"] * 24 * 64)
-    # 64 GPUs with 16 images each, whatever the batch of the run.
+    # There are 64 GPUs with 16 images each, whatever the batch of the run.
     assert [s["communication"]["hiding_batch"] for s in result["paper_batch"]] == [9, 9, 9]
 
 
-def test_text() -> None:
+def test_the_text_of_a_plan() -> None:
     text = plan(*G, "--gpus", "64")
     assert "Times are estimates from the steps of one H200 machine" in text
     assert "Assumptions: products run at 39% of 989 TFLOP/s" in text
@@ -474,7 +230,7 @@ def test_text() -> None:
         (("--gpus", "8", "optim.lrr=1"), "did you mean optim.lr?"),
     ],
 )
-def test_mistakes_are_one_line(arguments: tuple[str, ...], said: str) -> None:
+def test_a_mistake_is_a_one_line_error(arguments: tuple[str, ...], said: str) -> None:
     message = plan(*G, *arguments, expect=2)
     assert said in message
     assert len(message.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The shipped recipes, the scripts and the table in docs/train.md are what the planner recommends."""
+"""The shipped recipes, the scripts and the table in docs/train.md agree with the planner's recommendations."""
 
 import re
 
@@ -31,7 +31,7 @@ JOBS = [
 
 @pytest.mark.parametrize("memory", [80e9, 141e9])
 @pytest.mark.parametrize(("path", "gpus"), JOBS)
-def test_the_planner_recommends_what_the_recipe_sets(path: str, gpus: int, memory: float) -> None:
+def test_the_planner_recommends_the_settings_of_the_recipe(path: str, gpus: int, memory: float) -> None:
     recommended(load_config(ROOT / path, world_size=gpus), Cluster(gpus=gpus, gpu_memory=memory))
 
 
@@ -48,7 +48,7 @@ def test_the_page_has_the_recommended_settings(model: str, gpus: str, memory: st
 
 
 def recommended(config: Config, cluster: Cluster) -> Candidate:
-    """What the planner recommends, which must be what `config` sets."""
+    """The planner's recommendation. It must equal the settings of `config`."""
     choice = recommend(config, cluster)
     assert choice is not None
     engine, share = config.engine, config.data.batch_size // cluster.gpus

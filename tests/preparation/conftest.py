@@ -1,4 +1,4 @@
-"""Photographs to pack."""
+"""Photographs to pack, shared by several files."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(tree: Path) -> Path:
-    """What one command that nothing disturbed makes of `tree`."""
+    """The output of one undisturbed command for `tree`."""
     output = tree.parent / "clean"
     packed(tree, output)
     return output

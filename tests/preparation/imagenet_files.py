@@ -1,25 +1,25 @@
-"""Files as ImageNet's devkit and Kaggle have them, of a few classes."""
+"""Files of a few classes, as ImageNet's devkit and Kaggle store them."""
 
 from pathlib import Path
 
 from tests.support.pictures import file_bytes, noise
 
-# By the devkit's ID, from 1: not in sorted order, as the devkit's own.
+# By the devkit's ID, from 1. The order is not sorted, as in the devkit.
 WNIDS = ["n02119789", "n01440764", "n03461385", "n02100735"]
 SORTED = sorted(WNIDS)
-IDS = [3, 1, 4, 2, 2, 3]  # of the validation images, in the order of their names
-LABELS = [SORTED.index(WNIDS[number - 1]) for number in IDS]  # by sorted WNID
-SIZE = 16  # pixels a side
+IDS = [3, 1, 4, 2, 2, 3]  # the IDs of the validation images, in the order of their names
+LABELS = [SORTED.index(WNIDS[number - 1]) for number in IDS]  # numbered by sorted WNID
+SIZE = 16  # in pixels a side
 PICTURES = [noise(number, SIZE, SIZE) for number in range(len(IDS))]
 
 
 def image_name(number: int) -> str:
-    """Of validation image `number`, from 0."""
+    """The file name of validation image `number`; numbers start at 0."""
     return f"ILSVRC2012_val_{number + 1:08d}"
 
 
 def validation_images() -> list[tuple[str, bytes]]:
-    """Name and content of each validation image: here without loss."""
+    """Name and content of each validation image. The content is lossless here."""
     return [(f"{image_name(number)}.JPEG", file_bytes(pixels)) for number, pixels in enumerate(PICTURES)]
 
 
@@ -32,7 +32,7 @@ def write_validation(folder: Path) -> Path:
 
 
 def write_devkit(folder: Path, table: bool = True) -> Path:
-    """The text of IDs and, if asked, their table; returns the text's path."""
+    """Write the text of IDs and, on request, their table; returns the text's path."""
     (folder / "data").mkdir(parents=True)
     if table:
         rows = [f"{wnid} {number} some_name" for number, wnid in enumerate(WNIDS, start=1)]
@@ -43,7 +43,7 @@ def write_devkit(folder: Path, table: bool = True) -> Path:
 
 
 def write_solution(folder: Path) -> Path:
-    """Kaggle's table, in its random order, with boxes."""
+    """Write Kaggle's table, with its random order and boxes."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [f"{image_name(at)},{WNIDS[number - 1]} 85 1 499 272 {WNIDS[0]} 1 2 3 4 " for at, number in enumerate(IDS)]
     path = folder / "LOC_val_solution.csv"

@@ -1,4 +1,4 @@
-"""Helpers of the tests of what is found in an input."""
+"""Helpers of the tests that look for images in an input."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def tree(folder: Path, *names: str) -> Path:
 
 
 def pictures(folder: Path, *names: str) -> Path:
-    """As `tree`, with images that say their place among `names`."""
+    """Like `tree`, but the pixels of each image state its place among `names`."""
     tree(folder, *names)
     for number, name in enumerate(names):
         (folder / name).write_bytes(numbered_png(4, number))
@@ -43,7 +43,7 @@ def inputs_of(source: Path | str, **options: Any) -> SourceTable:
 
 
 def read(source: Path | str, **options: Any) -> dict[int, int]:
-    """The label of each of the `pictures` of an input, by the number that its pixels say."""
+    """The label of each of the `pictures` of an input, by the number in its pixels."""
     inputs, reader = inputs_of(source, **options), SourceReader("/")
     found = {}
     for row in range(len(inputs)):

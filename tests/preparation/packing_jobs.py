@@ -1,4 +1,4 @@
-"""tools/make_shards.py, started by tests, and photographs to pack."""
+"""Photographs to pack, and tests' ways to start tools/make_shards.py."""
 
 import os
 import subprocess
@@ -20,12 +20,15 @@ RESOLUTION = 16
 CLASSES = ["ant", "bee", "cat"]
 PER_CLASS = 14
 PER_SHARD = 4
-TRANSPARENT = 9  # the number of an image in its class
+TRANSPARENT = 9  # the number of the transparent image in each class
 SLOW = ("--samples-per-shard", "2")
 
 
 def write_tree(folder: Path, *, dirty: bool, size: int = 20) -> Path:
-    """Images in folders of classes; one of each class is transparent, and of the dirty ones two cannot be used."""
+    """Write folders of classes with images.
+
+    One image of each class is transparent; of the dirty ones two are unusable.
+    """
     for label, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for number in range(PER_CLASS):
@@ -37,7 +40,8 @@ def write_tree(folder: Path, *, dirty: bool, size: int = 20) -> Path:
     if dirty:
         (folder / "ant" / "03.png").write_bytes(file_bytes(noise(3))[:100])
         (folder / "cat" / "05.png").write_bytes(b"no image")
-        (folder / "bee" / "07.png").write_bytes(file_bytes(noise(5, 8, 9)))  # smaller than the resolution
+        # This image is smaller than the resolution.
+        (folder / "bee" / "07.png").write_bytes(file_bytes(noise(5, 8, 9)))
     return folder
 
 
@@ -48,39 +52,39 @@ def command(source: Path | str, output: Path, *more: str, codec: str = "raw") ->
 
 
 def start(arguments: list[str], python_path: str = str(ROOT)) -> subprocess.Popen[str]:
-    """In a process group of its own, as a shell or a scheduler starts it."""
+    """Start the command in a process group of its own, as a shell or a scheduler does."""
     env = {**os.environ, "PYTHONPATH": python_path}
     pipe = subprocess.PIPE
     return subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, output, and what was said about errors without the progress bar."""
+    """The exit code, the output, and the errors without the progress bar."""
     out, err = process.communicate(timeout=120)
     return process.returncode, out, said(err)
 
 
 def said(errors: str) -> str:
-    """Without the progress bar."""
-    progress = ("image/s", "s/image")  # the second one on a busy machine
-    lines = errors.replace("\x1b[A", "").splitlines()  # it goes a line up where a second bar is above
+    """The errors without the progress bar."""
+    progress = ("image/s", "s/image")  # A slow machine shows the second unit.
+    lines = errors.replace("\x1b[A", "").splitlines()  # The bar moves up a line if a second bar is above it.
     return "\n".join(line for line in lines if not any(word in line for word in progress)).strip()
 
 
 def alone(source: Path | str, output: Path, *more: str, codec: str = "raw") -> Finished:
-    """By the test's own process alone; the bytes are those of any number of processes, as other tests prove."""
+    """Run the tool in the test's own process. Other tests prove that any number of processes gives the same bytes."""
     return run_tool("make_shards", *command(source, output, "--workers", "1", *more, codec=codec)[2:])
 
 
 def packed(source: Path | str, output: Path, *more: str, codec: str = "raw") -> Manifest:
-    """What `alone` has packed without a word."""
+    """The manifest that `alone` wrote without a message."""
     finished = alone(source, output, *more, codec=codec)
     assert (finished.code, said(finished.err)) == (0, "")
     return Manifest.read(output / "manifest.json")
 
 
 def refused(*arguments: str) -> str:
-    """The one line that a wrong command gets."""
+    """The one-line error of a wrong command."""
     finished = run_tool("make_shards", *arguments[2:])
     errors = said(finished.err)
     assert finished.code == 2, errors
@@ -90,13 +94,13 @@ def refused(*arguments: str) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, hidden ones too; without packing.json, which names the input."""
+    """The content of every file below `folder`, including hidden ones, except packing.json, which names the input."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "packing.json"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def samples(folder: Path) -> dict[int, dict[str, bytes]]:
-    """All members of all shards: number of the input to extension to content."""
+    """All members of all shards: number of the input -> extension -> content."""
     found: dict[int, dict[str, bytes]] = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as archive:
@@ -109,14 +113,14 @@ def samples(folder: Path) -> dict[int, dict[str, bytes]]:
 
 
 def committed(output: Path) -> dict[str, int]:
-    """Finished shards, and when they were written."""
+    """The finished shards and their times of writing."""
     records = output.glob(".packing/shard-*.json")
     tars = [output / f"{record.stem}.tar" for record in records]
     return {tar.name: tar.stat().st_mtime_ns for tar in tars}
 
 
 def refused_input(*arguments: object) -> str:
-    """The one line that an input with these options gets."""
+    """The one-line error of an input with these options."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         finished = run_tool("make_shards", "--output", output, "--codec", "raw", "--resolution", "8", *arguments)

@@ -17,37 +17,37 @@ from jitscale.preparation.reading import SourceReader
 from jitscale.preparation.sources import SourceTable
 from tests.support.pictures import file_bytes, noise
 
-SIZE = 8  # pixels a side
-NAMES = ["zebra", "ant", "moth"]  # in the order of their numbers, which is not the sorted one
+SIZE = 8  # in pixels a side
+NAMES = ["zebra", "ant", "moth"]  # in the order of their numbers; the sorted order differs
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def pictures(count: int, first: int = 0) -> npt.NDArray[np.uint8]:
-    """Images (count, SIZE, SIZE, 3), each with pixels of its own."""
+    """Images (count, SIZE, SIZE, 3) with different pixels."""
     return np.stack([noise(first + number, SIZE, SIZE) for number in range(count)])
 
 
 def data_set(labels: Sequence[int], first: int = 0) -> datasets.Dataset:
-    """A data set of the library `datasets`, which holds the bytes of its images."""
+    """A data set of the library `datasets` that holds the bytes of its images."""
     images = [Image.fromarray(image) for image in pictures(len(labels), first)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
     return datasets.Dataset.from_dict({"image": images, "label": list(labels)}, features=features)
 
 
 def metadata(**features: object) -> dict[str, str]:
-    """What `datasets` notes in a file about its columns."""
+    """The metadata of a file in which `datasets` describes its columns."""
     return {"huggingface": json.dumps({"info": {"features": features}})}
 
 
 def rows(count: int, *, paths: Sequence[str | None] | None = None, **columns: object) -> pa.Table:
-    """A table of images and other columns, without notes about them."""
+    """A table of images and other columns, without such metadata."""
     names = paths or [None] * count
     images = [{"bytes": file_bytes(image), "path": name} for image, name in zip(pictures(count), names, strict=True)]
     return pa.table({"image": pa.array(images, IMAGE), **columns})
 
 
 def write(table: pa.Table, path: Path, **options: object) -> Path:
-    """Write a Parquet file, whose folder may have to be made; returns the path."""
+    """Write a Parquet file and its folder; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, **options)
     return path

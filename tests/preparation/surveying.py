@@ -1,4 +1,4 @@
-"""Helpers of the tests of tools about shards that exist."""
+"""Helpers of the tests of tools that read existing shards."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ NAMES = ["cat", "dog", "bee"]
 
 
 def theirs(folder: Path, label: Callable[[int], dict[str, Any]], count: int = 10, size: int = 8) -> Path:
-    """Tars of 4 samples that webdataset wrote."""
+    """Write tars of 4 samples with webdataset; returns the folder."""
     folder.mkdir(exist_ok=True)
     with webdataset.ShardWriter(str(folder / "theirs-%03d.tar"), maxcount=4, verbose=0) as writer:
         for number, image in enumerate(numbered(count, size)):

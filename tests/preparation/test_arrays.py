@@ -51,7 +51,8 @@ def test_imagenet_32_with_the_devkits_table(tmp_path: Path, table: str, save: Sa
     assert labels == LABELS
     found = find_sources([str(folder)], FindOptions(ground_truth=table))
     assert {found[number].storage for number in range(COUNT)} == {storage}
-    in_turn = [0, 1, 2, 3, 4], [5, 6, 7, 8]  # images of a compressed file, which is then inflated once
+    # The images of one compressed file follow each other, so it is inflated only once.
+    in_turn = [0, 1, 2, 3, 4], [5, 6, 7, 8]
     orders = ([*in_turn[0], *in_turn[1]], [*in_turn[1], *in_turn[0]])
     assert (found.order(0).tolist() in orders) is (storage == Storage.ARRAY)
 
@@ -70,7 +71,7 @@ def test_imagenet_32_without_the_table_is_refused(tmp_path: Path, table: str) ->
     assert "has the label 5, but" in refused_input("--input", path, "--ground-truth", table)
 
 
-def test_the_older_set_has_no_labels(tmp_path: Path) -> None:
+def test_an_older_set_without_labels(tmp_path: Path) -> None:
     np.savez(tmp_path / "val.npz", data=PLANES)
     assert "holds no labels, like the older ImageNet-32" in refused_input("--input", tmp_path / "val.npz")
     packed(tmp_path / "val.npz", tmp_path / "out", "--labels", "none")
@@ -90,7 +91,7 @@ def test_a_stack_of_images_has_labels_from_0(tmp_path: Path, save: Save) -> None
         np.testing.assert_array_equal(decode(*reader.read(found[number])), wide[number])
 
 
-def test_splits_of_arrays_are_asked_for(tmp_path: Path, table: str) -> None:
+def test_the_split_of_arrays_must_be_named(tmp_path: Path, table: str) -> None:
     (folder := tmp_path / "npz").mkdir()
     np.savez(folder / "train_data_batch_1.npz", data=PLANES, labels=IDS)
     np.savez(folder / "val_data.npz", data=PLANES[:2], labels=IDS[:2])
@@ -111,7 +112,7 @@ def test_rows_are_read_in_any_order_and_never_beyond_the_end(tmp_path: Path) -> 
 
 
 def test_a_compressed_array_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
-    stack = np.arange(8192, dtype=np.uint8)[:, None].repeat(3072, axis=1)  # 25 MB
+    stack = np.arange(8192, dtype=np.uint8)[:, None].repeat(3072, axis=1)  # The stack has 25 MB.
     np.savez_compressed(tmp_path / "a.npz", data=stack)
     tracemalloc.start()
     try:
@@ -141,7 +142,7 @@ def test_other_arrays_are_refused(tmp_path: Path, arrays: dict[str, npt.NDArray[
     assert f"{path}: {message}" in refused_input("--input", path)
 
 
-def test_damaged_arrays(tmp_path: Path) -> None:
+def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez_compressed(path, data=PLANES, labels=IDS - 1)
     whole = path.read_bytes()
@@ -158,7 +159,7 @@ def test_damaged_arrays(tmp_path: Path) -> None:
 
 
 def write_cifar(folder: Path, name: str, label_bytes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """A batch of records with these labels, (records, kinds); returns the images."""
+    """Write a batch of records with these label bytes (records, kinds); returns the images."""
     folder.mkdir(exist_ok=True)
     images = np.stack([noise(number + len(name), 32, 32) for number in range(len(label_bytes))])
     planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
@@ -189,7 +190,7 @@ def test_cifar_10(tmp_path: Path) -> None:
     assert "--label-column fine does not apply" in refused_input(
         "--input", folder / "test_batch.bin", "--label-column", "fine"
     )
-    in_order = inputs_of(folder, split="train", class_names=TEN[::-1])  # a class keeps its name, not its number
+    in_order = inputs_of(folder, split="train", class_names=TEN[::-1])  # A class keeps its name, but not its number.
     assert in_order.table["label"].tolist() == [6, 0, 9, 8] * 2
     (folder / "batches.meta.txt").write_text("airplane\n")
     assert "batches.meta.txt: names 1 classes, not 10" in refused_input("--input", folder / "test_batch.bin")
@@ -216,7 +217,7 @@ def test_cifar_100_with_either_label(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_of_cifars_size_alone_is_none(tmp_path: Path) -> None:
+def test_a_file_with_the_size_of_cifar_only_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"\xc8" * 3073)
     assert "has the size of a batch of CIFAR, but its labels are not" in refused_input(
         "--input", tmp_path / "weights.bin"

@@ -1,4 +1,4 @@
-"""Glyphs: the same pictures at every resolution, and what their feature network sees in them."""
+"""Glyphs: the same pictures at every resolution, and the abilities of their feature network."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +19,7 @@ from jitscale.preparation.digits import digit_images
 from jitscale.preparation.glyphs import GLYPH_CLASSES, GLYPH_FONTS, Glyphs
 from tests.support.tools import Finished, run_tool
 
-# Every result names this hash. Another file makes distances that do not compare with the earlier ones.
+# Every result names this hash. Distances from another file do not compare with earlier ones.
 GLYPHS_SHA256 = "599b215cf4302e6cadb0b34084ef521e73a08e035f03b2f72877111a87a3271e"
 COUNT = 500
 
@@ -47,13 +47,13 @@ def features(network: FeatureNetwork, images: np.ndarray) -> tuple[np.ndarray, n
 
 @pytest.mark.parametrize("resolution", [32, 64])
 def test_a_glyph_is_the_same_picture_at_every_resolution(large: np.ndarray, resolution: int) -> None:
-    """Up to the rounding of a letter's coverage of a pixel."""
+    """They differ only by the rounding of a letter's coverage of a pixel."""
     ratio = 128 // resolution
     pooled = large.reshape(COUNT, resolution, ratio, resolution, ratio, 3).mean((2, 4))
     assert np.abs(pooled - drawn(resolution)).max() <= 4
 
 
-def test_glyphs_differ_as_they_should(large: np.ndarray) -> None:
+def test_glyphs_differ_from_each_other(large: np.ndarray) -> None:
     glyphs = Glyphs(COUNT, 128, seed=3)
     assert np.bincount(glyphs.labels).tolist() == [COUNT // 10] * len(GLYPH_CLASSES)
     assert np.bincount(glyphs.fonts, minlength=len(GLYPH_FONTS)).min() > 5
@@ -79,15 +79,15 @@ def test_the_tool_writes_them_once(tmp_path: Path) -> None:
     assert "holds other shards" in other.err
 
 
-def test_the_stored_weights_are_the_ones_results_refer_to() -> None:
+def test_the_stored_weights_have_the_hash_that_results_name() -> None:
     (file,) = network_files(EvaluationConfig(features="glyphs"), World(0, 1, 0, torch.device("cpu")))
     assert file.sha256 == hashlib.sha256(GlyphFeatures.weights.read_bytes()).hexdigest() == GLYPHS_SHA256
     assert GlyphFeatures.weights.stat().st_size < 300_000
 
 
 @pytest.mark.slow
-def test_the_distance_sees_lost_detail_and_knows_letters(network: FeatureNetwork, large: np.ndarray) -> None:
-    """On glyphs that never trained the network."""
+def test_the_distance_sees_lost_detail_and_wrong_letters(network: FeatureNetwork, large: np.ndarray) -> None:
+    """These glyphs were not in the training set of the network."""
     real, logits = features(network, large)
     assert label_agreement(logits, Glyphs(COUNT, 128, seed=3).labels) > 0.9
     from_64, from_32 = (frechet_distance(features(network, drawn(size))[0], real) for size in (64, 32))

@@ -1,4 +1,4 @@
-"""Data sets at hf:// addresses, which a local file system of the same interface answers here, and the hub's cache."""
+"""Data sets at hf:// addresses, and the hub's cache. A local file system with the same interface replaces the hub."""
 
 import json
 import os
@@ -29,7 +29,7 @@ dataset_info:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder that stands for the hub, with one data set."""
+    """The folder that replaces the hub, with one data set."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name, value in environment_of(tmp_path / "hub", tmp_path / "packages").items():
         monkeypatch.setenv(name, value)
@@ -50,7 +50,7 @@ def test_an_address_is_packed_by_worker_processes(hub: Path, tmp_path: Path) -> 
     images, labels = images_and_labels(tmp_path / "out")
     assert np.array_equal(images, pictures(ROWS))
     assert labels == [0, 1, 2, 1] * (ROWS // 4)
-    # Every row group is read once, or twice if two shards share it, and the end of the file by three processes.
+    # Every row group is read once, or twice if two shards share it. Three processes read the end of the file.
     size = (hub / "data" / "train-00000-of-00001.parquet").stat().st_size
     assert bytes_read(tmp_path / "packages") < 2 * size
     packing = json.loads((tmp_path / "out" / "packing.json").read_text())
@@ -75,14 +75,14 @@ for pair in sys.argv[1:]:
 
 
 def said_of(*pairs: str) -> list[str]:
-    """What is found at each SPLIT|ADDRESSES, or the refusal, by a process that finds the hub of the test."""
+    """The images at each SPLIT|ADDRESSES, or the refusal. A process that sees the hub of the test looks for them."""
     done = subprocess.run([sys.executable, "-c", FIND, *pairs], capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     assert len(lines) == len(pairs), done.stderr
     return lines
 
 
-def test_addresses(hub: Path) -> None:
+def test_images_at_addresses_are_found(hub: Path) -> None:
     name, train = "hf://datasets/we/letters", "data/train-00000-of-00001.parquet"
     found = f"{ROWS} {NAMES} {name}/{train}"
     places = ("", "/data", "/data/*.parquet", f"/{train}")
@@ -93,7 +93,7 @@ def test_addresses(hub: Path) -> None:
     assert said_of(f"test|{name}@1a2b") == [f"1 {NAMES} {name}@1a2b/data/test-00000-of-00001.parquet"]
 
 
-def test_addresses_that_are_refused(hub: Path) -> None:
+def test_wrong_addresses_are_refused(hub: Path) -> None:
     (hub.parent / "tars").mkdir()
     (hub.parent / "tars" / "a.tar").write_bytes(b"x")
     mine = hub / "mine.png"
@@ -106,9 +106,8 @@ def test_addresses_that_are_refused(hub: Path) -> None:
     assert "hf://datasets/we/none: there is no such file; correct" in none
     download = "hf download we/tars --repo-type dataset --local-dir FOLDER"
     assert f"holds no Parquet files, but .tar 1; download it ({download}) and give the folder" in tars
-    assert (
-        f"row 0 names {mine}, which is not here" in far
-    )  # though it is: another machine may not name files of this one
+    # The file exists, but data of another machine must not name files of this one.
+    assert f"row 0 names {mine}, which is not here" in far
     assert "is given twice" in same
 
 
@@ -124,7 +123,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def cached(folder: Path, revisions: list[str], main: str | None) -> Path:
-    """Trees of links, as huggingface_hub writes them."""
+    """Trees of links, as huggingface_hub writes them to its cache."""
     (folder / "blobs").mkdir(parents=True)
     (folder / "refs").mkdir()
     data_set([2, 0, 1]).to_parquet(folder / "blobs" / "0f1e2d")
@@ -137,7 +136,7 @@ def cached(folder: Path, revisions: list[str], main: str | None) -> Path:
     return folder
 
 
-def test_the_cache_of_the_hub_is_followed(tmp_path: Path) -> None:
+def test_links_in_the_cache_of_the_hub_are_followed(tmp_path: Path) -> None:
     assert labels_of(cached(tmp_path / "datasets--we--one", ["1a2b"], None)) == [2, 0, 1]
     two = cached(tmp_path / "datasets--we--two", ["1a2b", "3c4d"], "3c4d")
     inputs = found(two)

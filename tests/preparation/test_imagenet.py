@@ -1,4 +1,4 @@
-"""ImageNet as people have it: its tars, flat validation images with the labels of another file, Kaggle's tree."""
+"""ImageNet as users have it: its tars, flat validation images with a separate file of labels, Kaggle's tree."""
 
 import zipfile
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_flat_validation_images_with_the_devkits_labels(tmp_path: Path, form: st
     manifest = packed(source, tmp_path / "out", "--ground-truth", str(write_devkit(tmp_path / "devkit")))
     assert (manifest.class_names, manifest.num_classes) == (SORTED, len(WNIDS))
     pixels, labels = images_and_labels(tmp_path / "out")
-    order = slice(None, None, -1 if form == "tar" else 1)  # the tar's own
+    order = slice(None, None, -1 if form == "tar" else 1)  # the tar's own order
     np.testing.assert_array_equal(pixels, np.stack(PICTURES[order]))
     assert labels == LABELS[order]
 
@@ -58,8 +58,8 @@ def test_flat_validation_images_in_a_zip_or_a_split(tmp_path: Path) -> None:
     assert set(labels_of(tmp_path / "val.zip", labels="none")[0]) == {NO_LABEL}
 
 
-def test_numbers_of_classes_are_those_of_the_training_tar(tmp_path: Path) -> None:
-    """So that one can be trained on and the other held out."""
+def test_classes_have_the_numbers_of_the_training_tar(tmp_path: Path) -> None:
+    """So one of them can be trained on and the other one held out."""
     inner = [(f"{wnid}.tar", tar_bytes((f"{wnid}_1.JPEG", CONTENT))) for wnid in WNIDS]
     found = find_sources([str(write_tar(tmp_path / "ILSVRC2012_img_train.tar", *inner))])
     truth = write_devkit(tmp_path / "devkit")
@@ -70,7 +70,7 @@ def test_numbers_of_classes_are_those_of_the_training_tar(tmp_path: Path) -> Non
                          "ILSVRC2012_img_train_t3.tar has 120 (dogs)")  # fmt: skip
 
 
-def test_a_training_tar_of_all_classes_says_their_number(tmp_path: Path) -> None:
+def test_a_training_tar_of_all_classes_reports_their_number(tmp_path: Path) -> None:
     inner = tar_bytes(("a.JPEG", CONTENT))
     whole = write_tar(tmp_path / "train.tar", *((f"n{number:08d}.tar", inner) for number in range(1000)))
     assert find_sources([str(whole)]).notes == [f"{whole}: a tar of 1000 tars, each a class"]
@@ -88,7 +88,7 @@ def test_flat_validation_images_with_kaggles_labels(tmp_path: Path, place: str) 
 
 
 def test_the_devkits_own_table_of_classes(tmp_path: Path) -> None:
-    """meta.mat has groups of classes too, which have children and larger numbers."""
+    """meta.mat also lists groups of classes, which have children and larger numbers."""
     text = write_devkit(tmp_path / "devkit", table=False)
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
     rows = [*((number, wnid, "w", "g", 0) for number, wnid in enumerate(WNIDS, start=1)), (5, "n00000001", "w", "g", 2)]
@@ -109,7 +109,7 @@ def test_validation_images_without_their_labels_are_refused(tmp_path: Path) -> N
     assert labels_of(folder, labels="none") == ([-1], None)
 
 
-def test_files_that_are_no_labels_of_the_images_are_refused(tmp_path: Path) -> None:
+def test_files_that_do_not_label_the_images_are_refused(tmp_path: Path) -> None:
     source, folder = write_validation(tmp_path / "val"), tmp_path / "devkit"
     text = write_devkit(folder)
 
@@ -132,14 +132,14 @@ def test_files_that_are_no_labels_of_the_images_are_refused(tmp_path: Path) -> N
     assert "line 2: has no ImageId and PredictionString" in said(tmp_path / "own.csv")
 
 
-def test_an_image_of_another_name_is_no_validation_image(tmp_path: Path) -> None:
+def test_an_image_with_another_name_is_refused(tmp_path: Path) -> None:
     source, solution = write_validation(tmp_path / "val"), write_solution(tmp_path)
     (source / "cover.png").write_bytes(CONTENT)
     line = refused_input("--input", source, "--ground-truth", solution)
     assert f"{source}: cover.png is not called like the other images; move it away" in line
 
 
-def test_other_labels_beside_validation_images_are_not_passed_over(tmp_path: Path) -> None:
+def test_other_labels_next_to_validation_images_are_refused(tmp_path: Path) -> None:
     source = write_validation(tmp_path / "val")
     for name in ("n01440764_1_n01440764", "n01440764_2_n01440764"):
         (tmp_path / "flat").mkdir(exist_ok=True)
@@ -151,7 +151,7 @@ def test_other_labels_beside_validation_images_are_not_passed_over(tmp_path: Pat
     assert "labels.csv: lies among the images" in refused_input("--input", source)
 
 
-def test_the_hubs_older_tars_say_classes_in_names(tmp_path: Path) -> None:
+def test_the_hubs_older_tars_have_classes_in_file_names(tmp_path: Path) -> None:
     images = [noise(number, 16, 16) for number in range(4)]
     names = [f"{wnid}_{number}_{wnid}.JPEG" for number, wnid in enumerate(WNIDS[:2] * 2)]
     members = [(name, file_bytes(image)) for name, image in zip(names, images, strict=True)]
@@ -195,7 +195,7 @@ def test_a_split_of_kaggles_tree_alone(tmp_path: Path) -> None:
     assert labels_of(data / "train") == ([0, 1, 2, 3], SORTED)
 
 
-def test_an_option_that_says_nothing_of_the_data_is_refused(tmp_path: Path) -> None:
+def test_an_option_that_does_not_apply_to_the_data_is_refused(tmp_path: Path) -> None:
     source = tree(tmp_path / "in", "cat/a.png", "dog/b.png")
     for option in ("--split", "--label-column", "--ground-truth", "--label-key"):
         line = refused_input("--input", source, option, "x")

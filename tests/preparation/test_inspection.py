@@ -1,4 +1,4 @@
-"""Inspecting shards: statistics, balance, contact sheets."""
+"""Inspection of shards: statistics, balance, contact sheets."""
 
 import io
 from pathlib import Path
@@ -41,7 +41,7 @@ def photographs() -> list[npt.NDArray[np.uint8]]:
     return [*images[:3], np.repeat(images[3][..., :1], 3, axis=-1)]
 
 
-def test_labels_are_where_the_manifest_says(tmp_path: Path) -> None:
+def test_labels_are_read_from_the_place_named_in_the_manifest(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", ("a.png", numbered_png()), ("a.json", b'{"x": 2}'))
     survey(find_tars(str(tmp_path)), None, 1, key=LabelKey.parse("json:x")).write()
     (tmp_path / "a.index.npy").unlink()
@@ -49,7 +49,7 @@ def test_labels_are_where_the_manifest_says(tmp_path: Path) -> None:
     assert [index["label"].tolist() for index in collection.indices] == [[2]]
 
 
-def test_statistics_are_those_of_numpy(tmp_path: Path) -> None:
+def test_statistics_equal_those_of_numpy(tmp_path: Path) -> None:
     images = photographs()
     write_tar(tmp_path / "a.tar", *[(f"{number}.npy", encode(image, "raw")[1]) for number, image in enumerate(images)])
     write_tar(tmp_path / "b.tar", ("a.png", b"no image"), ("b.png", numbered_png(8, 3)))
@@ -62,7 +62,8 @@ def test_statistics_are_those_of_numpy(tmp_path: Path) -> None:
         assert found["height"] == {"min": 8, "median": 200, "max": 512}
         assert found["share_of_short_sides_below"] == {"256": 3 / 5, "512": 4 / 5}
         assert found["share_grey"] == 1 / 5
-        # Enlarging every image to one size by repetition would weigh them equally: so do means of means.
+        # Enlarging every image to one size by repetition would give them equal weights. The mean of means does the
+        # same.
         pixels = [image.reshape(-1, 3).astype(np.float64) for image in every]
         mean = np.mean([image.mean(0) for image in pixels], axis=0)
         deviation = np.sqrt(np.mean([((image - mean) ** 2).mean(0) for image in pixels], axis=0))
@@ -127,7 +128,7 @@ def tiles_of(sheet: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
 
 @pytest.mark.parametrize("classes", [3, 200])
 def test_the_contact_sheet_shows_every_kth_class(tmp_path: Path, classes: int) -> None:
-    """The images say their number, from which the class follows."""
+    """The pixels of an image state its number, and the class follows from the number."""
     count = 400
     write_shards(
         numbered(count), [number % classes for number in range(count)], tmp_path, codec="raw", samples_per_shard=90
@@ -150,7 +151,8 @@ def test_a_contact_sheet_of_noise_stays_small(tmp_path: Path) -> None:
     content = contact_sheet(collect(find_tars(str(tmp_path)), 1), seed=0)
     assert len(content) < 1_000_000
     with Image.open(io.BytesIO(content)) as sheet:
-        assert np.ptp(tiles_of(np.asarray(sheet.convert("RGB")))[63].reshape(-1, 3), axis=0).max() == 0  # grey
+        # The last tile is grey.
+        assert np.ptp(tiles_of(np.asarray(sheet.convert("RGB")))[63].reshape(-1, 3), axis=0).max() == 0
 
 
 def test_damage_is_counted_and_does_not_end_an_inspection(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Kinds of files that are not read: each is named by its first bytes, with a remedy."""
+"""Kinds of files that are not supported: the first bytes identify each kind, and the message names a remedy."""
 
 import bz2
 import gzip
@@ -14,7 +14,7 @@ from tests.preparation.packing_jobs import alone, refused_input, said
 from tests.support.pictures import file_bytes, noise
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
-# As TensorFlow's TFRecordWriter writes a record of 5 bytes: length, checksum, ...
+# A record of 5 bytes as TensorFlow's TFRecordWriter writes it: length, checksum, ...
 TFRECORD = bytes.fromhex("0500000000000000eab2043e") + b"hello" + bytes(4)
 
 
@@ -44,8 +44,8 @@ TFRECORD = bytes.fromhex("0500000000000000eab2043e") + b"hello" + bytes(4)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_kinds_that_are_not_read(tmp_path: Path, content: bytes, message: str) -> None:
-    """Whatever the name says, and within a folder too."""
+def test_unsupported_kinds_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    """The name of the file does not matter. The same holds for a file in a folder."""
     path = tmp_path / "in" / "deep" / "some.tar"
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
@@ -54,14 +54,14 @@ def test_kinds_that_are_not_read(tmp_path: Path, content: bytes, message: str) -
     assert f"{path}: {message}" in refused_input("--input", tmp_path / "in")
 
 
-def test_a_folder_of_pictures_that_are_not_read(tmp_path: Path) -> None:
+def test_a_folder_of_unsupported_pictures(tmp_path: Path) -> None:
     tree(tmp_path, "cat/a.bmp", "dog/b.bmp", "dog/c.tif")
     (tmp_path / "cat" / "a.bmp").write_bytes(file_bytes(noise(0), "BMP"))
     line = refused_input("--input", tmp_path)
     assert f"{tmp_path}: no image of a kind that is read, but .bmp 2, .tif 1; convert these images to .png" in line
 
 
-def test_a_file_like_no_other(tmp_path: Path) -> None:
+def test_a_file_of_unknown_kind(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     for content in (b"", b"BMI,height\n", TFRECORD[:11] + b"x", bytes(3072)):
         path.write_bytes(content)
@@ -69,7 +69,8 @@ def test_a_file_like_no_other(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     path.rename(tmp_path / "folder" / "a.bin")
     assert "folder: no image in it, but .bin 1" in refused_input("--input", tmp_path / "folder")
-    for name in ("batch.bin", "a.npz", "b.npz"):  # beside images they are passed over, whatever they are
+    # Next to images such files are ignored, whatever their kind.
+    for name in ("batch.bin", "a.npz", "b.npz"):
         (tmp_path / "folder" / name).write_bytes(bytes(3073) if name == "batch.bin" else b"x")
     np.savez(tmp_path / "folder" / "b.npz", data=np.zeros((1, 3), np.uint8))
     tree(tmp_path / "folder", "x.png")

@@ -1,4 +1,4 @@
-"""Labels in files beside images: EDM's dataset.json, metadata of image folders, and tables that the user names."""
+"""Labels in files next to images: EDM's dataset.json, metadata of image folders, and tables that the user names."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ def test_edm_folders_are_read(tmp_path: Path) -> None:
     assert read(folder) == dict(enumerate(labels))
     assert inputs_of(folder).class_names is None
     assert inputs_of(folder).num_classes == 3
-    assert read(folder, labels="folders") == {0: 0, 1: 0, 2: 1, 3: 1}  # since the user says so
+    assert read(folder, labels="folders") == {0: 0, 1: 0, 2: 1, 3: 1}  # The user chooses the folders.
     assert read(folder, labels="none") == dict.fromkeys(range(4), NO_LABEL)
 
 
@@ -66,7 +66,7 @@ def test_edm_without_labels(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_edm_labels_that_make_no_sense_are_refused(tmp_path: Path, labels: Any, message: str) -> None:
+def test_invalid_edm_labels_are_refused(tmp_path: Path, labels: Any, message: str) -> None:
     refused(message, edm(tmp_path, labels))
 
 
@@ -75,8 +75,8 @@ def test_labels_from_one_leave_a_class_empty(tmp_path: Path) -> None:
     assert "no image has label 0, so class 0 is empty" in note
 
 
-def test_classes_that_are_buckets_are_none(tmp_path: Path) -> None:
-    """As EDM's recipe for FFHQ stores them."""
+def test_buckets_of_a_thousand_images_are_not_classes(tmp_path: Path) -> None:
+    """EDM's recipe for FFHQ stores its images in such buckets."""
     names = [f"{number // 1000:05d}/img{number:08d}.png" for number in (0, 1, 1000, 2999)]
     folder = edm(tmp_path, [[name, int(name[:5])] for name in names], names)
     inputs = inputs_of(folder)
@@ -86,7 +86,7 @@ def test_classes_that_are_buckets_are_none(tmp_path: Path) -> None:
     assert read(edm(tmp_path, [[name, 1] for name in names], names)) == dict.fromkeys(range(4), 1)
 
 
-def test_buckets_without_a_file_are_no_classes(tmp_path: Path) -> None:
+def test_buckets_without_a_file_are_not_classes(tmp_path: Path) -> None:
     for folder, names in [
         ("ffhq", ["00000/00000.png", "00000/00999.png", "01000/01000.png"]),
         ("edm", ["00000/img00000003.png", "00001/img00001999.png"]),
@@ -128,7 +128,7 @@ def metadata(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
 def test_image_folders_with_metadata(tmp_path: Path, name: str) -> None:
-    """Above the images, whose folder is no class; not all are named."""
+    """The metadata lie above the images, whose folder is not a class. Not all images are named."""
     pictures(tmp_path, "images/a.png", "images/b.png", "images/c.png")
     rows = [{"file_name": "images/c.png", "label": "dog", "text": "x"}, {"file_name": "images/a.png", "label": "cat"}]
     metadata(tmp_path / name, [{"text": "y", **row} for row in rows])
@@ -140,7 +140,7 @@ def test_image_folders_with_metadata(tmp_path: Path, name: str) -> None:
     assert inputs_of(tmp_path, label_column="text").class_names == ["x", "y"]
 
 
-def test_metadata_without_labels_and_with_others(tmp_path: Path) -> None:
+def test_metadata_without_labels_or_with_unusual_labels(tmp_path: Path) -> None:
     pictures(tmp_path, "a.png", "b.png")
     table = tmp_path / "metadata.csv"
     metadata(table, [{"file_name": "a.png"}, {"file_name": "b.png"}])
@@ -161,7 +161,7 @@ def test_metadata_without_labels_and_with_others(tmp_path: Path) -> None:
 
 
 def test_a_text_of_several_columns_between_tabs(tmp_path: Path) -> None:
-    """As val_annotations.txt of tiny-imagenet, where a box follows the class."""
+    """This is the format of tiny-imagenet's val_annotations.txt, where a box follows the class."""
     pictures(tmp_path / "val", "images/val_0.png", "images/val_1.png")
     text = tmp_path / "val" / "val_annotations.txt"
     text.write_text("val_0.png\tn02\t0\t32\t44\t62\nval_1.png\tn01\t52\t55\t57\t59\n")
@@ -181,14 +181,14 @@ def test_a_text_of_several_columns_between_tabs(tmp_path: Path) -> None:
         ("a.png,1.5", "line 2: label '1.5' is neither"),
     ],
 )
-def test_metadata_that_makes_no_sense_is_refused(tmp_path: Path, row: str, message: str) -> None:
+def test_invalid_metadata_is_refused(tmp_path: Path, row: str, message: str) -> None:
     pictures(tmp_path, "a.png")
     (tmp_path / "metadata.csv").write_text(f"file_name,label\n{row}\n")
     refused(message, tmp_path)
 
 
 def test_metadata_of_splits(tmp_path: Path) -> None:
-    """In the folder of each split, or above both."""
+    """They lie in the folder of each split, or above both."""
     pictures(tmp_path / "each", "train/a.png", "test/b.png")
     for split, image in (("train", "a.png"), ("test", "b.png")):
         metadata(tmp_path / "each" / split / "metadata.csv", [{"file_name": image, "label": 7}])
@@ -212,12 +212,15 @@ def test_metadata_of_splits(tmp_path: Path) -> None:
         ("l.tsv", "path\tlabel\tmore\nx/a.png\tcat\t1\nx/b.png\tdog\t2\n"),
         ("l.jsonl", '{"path": "x/a.png", "label": "cat"}\n{"path": "x/b.png", "label": "dog"}\n'),
         ("l.txt", "x/a.png cat\nx/b.png\tdog\n\n"),
-        ("trainLabels.csv", "id,breed\na,cat\nb,dog\n"),  # Kaggle's
+        ("trainLabels.csv", "id,breed\na,cat\nb,dog\n"),  # Kaggle's format
         ("l.csv", "image,breed\na.png,cat\nb.png,dog\n"),
     ],
 )
 def test_tables_of_labels(tmp_path: Path, name: str, text: str) -> None:
-    """Beside the images, where they are refused until the user names them, and elsewhere; for a tar too."""
+    """Tables next to the images are refused until the user names them.
+
+    Tables elsewhere and tables for a tar work too.
+    """
     pictures(tmp_path / "in", "x/a.png", "x/b.png", "x/c.png")
     for table in (tmp_path / name, tmp_path / "in" / name, tmp_path / "in" / "x" / name):
         table.write_text(text)
@@ -246,13 +249,13 @@ def test_tables_of_labels(tmp_path: Path, name: str, text: str) -> None:
         ("l.parquet", "", "l.parquet: cannot be read as parquet"),
     ],
 )
-def test_tables_of_labels_that_make_no_sense_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_invalid_tables_of_labels_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     pictures(tmp_path / "in", "x/a.png", "y/a.png")
     (tmp_path / name).write_text(text)
     refused(message, tmp_path / "in", labels=str(tmp_path / name))
 
 
-def test_a_file_of_labels_that_is_not_there_or_for_several_inputs(tmp_path: Path) -> None:
+def test_a_missing_file_of_labels_or_one_for_several_inputs_is_refused(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         pictures(tmp_path / folder, "a.png")
     refused(
@@ -263,13 +266,13 @@ def test_a_file_of_labels_that_is_not_there_or_for_several_inputs(tmp_path: Path
     refused("l.txt: holds the labels of one folder or archive", *both, labels=str(tmp_path / "l.txt"))
 
 
-def test_options_that_say_nothing_are_refused(tmp_path: Path) -> None:
+def test_options_without_an_effect_are_refused(tmp_path: Path) -> None:
     pictures(tmp_path, "cat/a.png", "dog/b.png")
     for name, flag in (("label_key", "--label-key"), ("label_column", "--label-column"), ("split", "--split")):
         refused(f"{tmp_path}: {flag} cls does not apply to this form of data; leave it out", tmp_path, **{name: "cls"})
 
 
-def test_packed_pixels_and_labels_are_those_of_the_file(tmp_path: Path) -> None:
+def test_packed_pixels_and_labels_equal_those_of_the_file(tmp_path: Path) -> None:
     folder = edm(tmp_path / "in", [[name, row % 2] for row, name in enumerate(EDM)])
     finished = alone(folder, tmp_path / "out", codec="original")
     assert finished.code == 0, finished.err

@@ -1,4 +1,4 @@
-"""webdataset tars as the hub has them: labels in json, `_info.json`, splits; and tars of folders."""
+"""webdataset tars in the forms of the hub: labels in json, `_info.json`, splits, and tars of folders."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from tests.support.tools import run_tool
 
 
 def hub_tar(path: Path, *values: Any, first: int = 0) -> Path:
-    """A sample with a json for each of the values; text stands as it is."""
+    """A tar with one sample for each of the values, which is its json. A text is written unchanged."""
     members = []
     for number, value in enumerate(values, start=first):
         text = value if isinstance(value, str) else json.dumps(value)
@@ -50,7 +50,7 @@ def surveyed(folder: Path, key: str) -> Survey:
 def test_labels_in_json(
     tmp_path: Path, key: str, values: list[Any], labels: list[int], names: list[str] | None
 ) -> None:
-    """Packed, indexed, verified, and read by training."""
+    """The tars are packed, indexed, verified, and read by training."""
     hub_tar(tmp_path / "w" / "0.tar", *values)
     assert read(tmp_path / "w", label_key=key) == dict(enumerate(labels))
     assert inputs_of(tmp_path / "w", label_key=key).class_names == names
@@ -58,7 +58,8 @@ def test_labels_in_json(
     assert (manifest.class_names, manifest.label_key) == (names, key)
     assert defects(tmp_path / "w") == []
     shards = ShardSet.open(tmp_path / "w", manifest.num_classes)
-    (tmp_path / "w" / "0.index.npy").unlink()  # the tar is scanned then, where the manifest says
+    # Without its index, the tar is scanned for the key that the manifest names.
+    (tmp_path / "w" / "0.index.npy").unlink()
     assert samples_of(ShardSet.open(tmp_path / "w", manifest.num_classes)) == samples_of(shards)
     assert samples_of(shards) == [(row, max(label, 0)) for row, label in enumerate(labels)]
 
@@ -83,7 +84,7 @@ def test_a_changed_label_in_json_is_found(tmp_path: Path) -> None:
         ({"label": None}, "has no label where a number is expected"),
     ],
 )
-def test_labels_in_json_that_make_no_sense(tmp_path: Path, value: Any, what: str) -> None:
+def test_invalid_labels_in_json_are_refused(tmp_path: Path, value: Any, what: str) -> None:
     hub_tar(tmp_path / "w" / "0.tar", {"label": 2}, value, {"label": 1})
     refused(f"0.tar: byte \\d+: .*{what}", tmp_path / "w", label_key="json:label")
     (defect,) = surveyed(tmp_path / "w", "json:label").defects
@@ -92,7 +93,7 @@ def test_labels_in_json_that_make_no_sense(tmp_path: Path, value: Any, what: str
     assert not (tmp_path / "w" / "manifest.json").exists()
 
 
-def test_packed_shards_have_no_other_key(tmp_path: Path) -> None:
+def test_packed_shards_take_no_label_key(tmp_path: Path) -> None:
     write_shards(numbered(2), [0, 1], tmp_path / "w")
     with pytest.raises(DataError, match="came from packing, which wrote cls; leave out --label-key"):
         surveyed(tmp_path / "w", "json:label")
@@ -104,7 +105,7 @@ def test_a_sample_without_json_is_refused(tmp_path: Path) -> None:
     refused(message, tmp_path / "a.tar", label_key="json:label")
 
 
-def test_the_key_is_asked_for_with_the_fields_that_there_are(tmp_path: Path) -> None:
+def test_a_missing_key_is_requested_with_the_existing_fields(tmp_path: Path) -> None:
     tar = hub_tar(tmp_path / "w" / "0.tar", {"caption": "x", "label": 3}, {"caption": "y", "label": 1})
     message = "2 members .json; 00000.json has the fields 'caption', 'label'; pass --label-key json:label"
     refused(message, tar)
@@ -125,7 +126,7 @@ def test_the_key_is_asked_for_with_the_fields_that_there_are(tmp_path: Path) -> 
             LabelKey.parse(key)
 
 
-# Splits, and what lies beside the tars
+# Splits, and other files next to the tars
 
 
 def timm(folder: Path, lengths: tuple[int, int] = (2, 1)) -> Path:
@@ -138,7 +139,7 @@ def timm(folder: Path, lengths: tuple[int, int] = (2, 1)) -> Path:
     return folder
 
 
-def test_info_is_a_check_of_counts(tmp_path: Path) -> None:
+def test_the_counts_in_info_json_are_checked(tmp_path: Path) -> None:
     folder, key = timm(tmp_path / "w"), "json:label"
     refused(r"several splits \(x-train-0000.tar and x-validation-00.tar\); pass --split train", folder, label_key=key)
     assert sorted(read(folder, label_key=key, split="train")) == [0, 1, 2]
@@ -165,7 +166,7 @@ def test_info_is_a_check_of_counts(tmp_path: Path) -> None:
     refused("_info.json: is not as timm writes it", folder, label_key=key, split="train")
 
 
-def test_files_that_describe_tars_are_passed_over_and_said(tmp_path: Path) -> None:
+def test_files_that_describe_tars_are_ignored_and_reported(tmp_path: Path) -> None:
     hub_tar(tmp_path / "00000.tar", {"caption": "x"})
     for name in ("00000.parquet", "00000_stats.json", "README.md"):
         (tmp_path / name).write_bytes(b"x")
@@ -186,7 +187,7 @@ def test_files_that_describe_tars_are_passed_over_and_said(tmp_path: Path) -> No
 # Tars of folders
 
 
-def test_tars_of_folders(tmp_path: Path) -> None:
+def test_tars_of_folders_have_classes(tmp_path: Path) -> None:
     members = [("./data/cat/0.png", numbered_png(4, 0)), ("./data/dog/1.5.png", numbered_png(4, 1))]
     members += [("./data/.git/x.png", b""), ("./data/dog/README", b"")]
     tar = write_tar(tmp_path / "a.tar", *members)

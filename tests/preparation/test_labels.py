@@ -1,4 +1,4 @@
-"""What is said of classes."""
+"""The messages about classes."""
 
 from jitscale.preparation.labels import described_names
 

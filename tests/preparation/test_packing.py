@@ -1,4 +1,4 @@
-"""tools/make_shards.py in real processes: what it writes, what it leaves out, and what it refuses."""
+"""tools/make_shards.py in real processes: its output, the images that it leaves out, and its refusals."""
 
 import errno
 import io
@@ -87,7 +87,7 @@ def test_the_order_is_a_global_shuffle(tree: Path, clean: Path, tmp_path: Path) 
 
 
 def test_imagenet_is_packed_in_place(tmp_path: Path) -> None:
-    """A tar of tars with the oddities of the real one: a PNG and a CMYK JPEG that are called .JPEG; and a cut file."""
+    """The tar of tars has the oddities of the real one: a PNG and a CMYK JPEG named .JPEG, and a truncated file."""
     ordinary = file_bytes(noise(1, 40, 50), "JPEG")
     cmyk = file_bytes(Image.fromarray(noise(2, 30, 30)).convert("CMYK"), "JPEG")
     png = file_bytes(noise(3, 20, 33))
@@ -130,8 +130,8 @@ def test_folders_and_a_tar_of_tars_give_the_same_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codec", [slow_unless(codec in ("raw", "jpeg"), codec) for codec in CODECS])
-def test_webdataset_both_ways(tmp_path: Path, codec: str) -> None:
-    """Its tars are packed, and it reads what was packed. Class names become numbers."""
+def test_exchange_with_webdataset_in_both_directions(tmp_path: Path, codec: str) -> None:
+    """webdataset's tars are packed, and webdataset reads the packed shards. Class names become numbers."""
     with webdataset.ShardWriter(str(tmp_path / "theirs-%04d.tar"), maxcount=4, verbose=0) as writer:
         for number in range(6):
             writer.write({"__key__": f"k{number}", "png": noise(number), "cls": CLASSES[number % 3]})
@@ -151,11 +151,11 @@ def test_webdataset_both_ways(tmp_path: Path, codec: str) -> None:
             assert np.abs(image.astype(int) - expected).mean() < 12
         else:
             np.testing.assert_array_equal(image, expected)
-    again = packed(tmp_path / "ours" / "*.tar", tmp_path / "again")  # raw members are images as well
+    again = packed(tmp_path / "ours" / "*.tar", tmp_path / "again")  # Raw members are images too.
     assert (again.total, again.num_classes, again.class_names) == (6, 3, None)
 
 
-def test_tables_with_paths_of_their_own(tmp_path: Path) -> None:
+def test_tables_with_paths_relative_to_themselves(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for number in range(3):
         (tmp_path / "data" / f"{number}.png").write_bytes(file_bytes(noise(number)))
@@ -176,7 +176,7 @@ def test_tables_with_paths_of_their_own(tmp_path: Path) -> None:
             assert written[number]["cls"] == str(label).encode()
 
 
-def test_images_without_labels(tmp_path: Path) -> None:
+def test_images_without_labels_are_packed(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(3):
         (tmp_path / "in" / f"{number}.png").write_bytes(file_bytes(noise(number)))
@@ -188,7 +188,7 @@ def test_images_without_labels(tmp_path: Path) -> None:
     assert ShardSet.open(tmp_path / "out", 0).num_samples == 3
 
 
-def test_names_in_tars_are_no_paths(tmp_path: Path) -> None:
+def test_names_in_tars_are_not_used_as_paths(tmp_path: Path) -> None:
     inside = tmp_path / "a" / "b" / "c"
     inside.mkdir(parents=True)
     image = file_bytes(noise(1))
@@ -203,7 +203,7 @@ def test_names_in_tars_are_no_paths(tmp_path: Path) -> None:
     assert outside == {tmp_path / "a", tmp_path / "a" / "b"}
 
 
-# What is refused
+# Refusals
 
 
 def test_too_many_bad_images_stop_the_job(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_too_many_bad_images_stop_the_job(tmp_path: Path) -> None:
     assert contents(tmp_path / "at_once") == contents(output)
 
 
-def test_a_job_of_nothing_but_bad_images_stops_long_before_its_end(tmp_path: Path) -> None:
+def test_a_job_with_nothing_but_bad_images_stops_early(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(600):
         (tmp_path / "in" / f"{number}.png").write_bytes(b"no image")
@@ -232,7 +232,7 @@ def test_a_job_of_nothing_but_bad_images_stops_long_before_its_end(tmp_path: Pat
     assert int(message.removeprefix(f"error: {tmp_path}/out: ").split()[0]) < 100
 
 
-def test_bad_images_of_other_parts_count(tmp_path: Path) -> None:
+def test_bad_images_of_other_parts_are_counted(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "in", dirty=False)
     for name in ("ant", "bee", "cat"):
         for number in range(PER_CLASS - 1):
@@ -242,11 +242,11 @@ def test_bad_images_of_other_parts_count(tmp_path: Path) -> None:
     found = len(json.loads(next(output.glob(".packing/shard-*.json")).read_text())["bad"])
     assert found
     message = refused(*command(tree, output, "--part", "2/2", "--max-bad", "15"))
-    assert len(committed(output)) == 6  # not one of part 2
+    assert len(committed(output)) == 6  # The missing shards belong to part 2.
     assert "the limit is 15" in message
 
 
-def test_how_many_may_be_bad_by_default() -> None:
+def test_the_default_limit_of_bad_images() -> None:
     assert [default_most_bad(images) for images in (1, 100_000, 110_000, 1_281_167)] == [10, 10, 11, 128]
 
 
@@ -255,7 +255,7 @@ def test_nothing_but_bad_images_is_refused(tmp_path: Path) -> None:
     assert "none of the 1 images can be used" in refused(*command(tmp_path / "a.csv", tmp_path / "out"))
 
 
-def test_mistakes_get_one_line(tree: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_a_one_line_error(tree: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.csv").write_text("x.png,1\n")
@@ -278,7 +278,7 @@ def test_mistakes_get_one_line(tree: Path, tmp_path: Path) -> None:
     assert "old.tar: is there, but belongs to no packing job" in refused(*command(tree, output))
 
 
-def test_what_does_not_fit_is_refused_before_it_is_written(tree: Path, tmp_path: Path) -> None:
+def test_an_output_without_room_is_refused_before_writing(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("path\n" + "".join(f"{number}.png\n" for number in range(20_000)))
     message = refused(*command(tmp_path / "a.csv", tmp_path / "out", "--resolution", "13000"))
     assert "10.1TB to write" in message
@@ -298,7 +298,7 @@ def test_help_shows_the_usual_commands() -> None:
     assert "slurm/pack_shards.sh" in out
 
 
-def test_a_picture_that_takes_too_much_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_needs_too_much_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*arguments: object, **options: object) -> None:
         raise MemoryError
 
@@ -311,10 +311,8 @@ def test_a_picture_that_takes_too_much_memory_is_named(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_an_image_whose_storage_fails_is_no_bad_image(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It would be missing from the shards although it is sound; the same command goes on."""
+def test_failing_storage_is_not_a_bad_image(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the shards would lack a sound image. The same command continues the job."""
 
     def fail(*arguments: object) -> bytes:
         raise OSError(number, os.strerror(number))

@@ -1,4 +1,4 @@
-"""Packing jobs in several parts, killed, stopped and continued: dying does not matter."""
+"""Packing jobs in several parts that are killed, stopped and continued. A kill never changes the output."""
 
 import json
 import multiprocessing
@@ -45,8 +45,11 @@ from tests.support.processes import group_ended
 from tests.support.tools import run_tool
 
 
-def test_parts_at_once_do_what_one_does(tree: Path, clean: Path, tmp_path: Path) -> None:
-    """They begin together, so that all make a plan, and end about together, so that several finish."""
+def test_parallel_parts_give_the_output_of_one_part(tree: Path, clean: Path, tmp_path: Path) -> None:
+    """The parts begin together, so each of them makes a plan.
+
+    They end about together, so several of them finish the job.
+    """
     parts = [start(command(tree, tmp_path / "out", "--part", f"{part}/3", "--workers", "1")) for part in (1, 2, 3)]
     ends = [finish(part) for part in parts]
     assert [code for code, _, _ in ends] == [0, 0, 0], ends
@@ -55,8 +58,8 @@ def test_parts_at_once_do_what_one_does(tree: Path, clean: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_parts_in_turn_do_what_one_does(tree: Path, clean: Path, tmp_path: Path) -> None:
-    """From other folders, too: the plan knows what a relative path meant."""
+def test_sequential_parts_give_the_output_of_one_part(tree: Path, clean: Path, tmp_path: Path) -> None:
+    """The second part starts in another folder: the plan knows the absolute path of the input."""
     output = tmp_path / "out"
     here = os.path.relpath(tree, ROOT)
     second = alone(here, output, "--part", "2/2")
@@ -78,7 +81,7 @@ def test_parts_in_turn_do_what_one_does(tree: Path, clean: Path, tmp_path: Path)
 
 def test_a_finished_job_is_left_alone(tree: Path, clean: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in clean.iterdir()}
-    (clean / ".packing").mkdir()  # as if killed between the manifest and this
+    (clean / ".packing").mkdir()  # as if killed after the manifest and before the removal of this folder
     (clean / ".shard-000001.tar.host.1.partial").write_bytes(b"")
     code, out, errors = finish(start(command(tree, clean, "--part", "2/7")))
     assert (code, errors) == (0, "")
@@ -108,7 +111,7 @@ def test_a_job_is_not_continued_with_other_options(tree: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("content", ["", '{"a"', "5", "[" * 200_000, '{"options": {"input": 1}, "root": "/"}'])
-def test_damaged_files_of_a_job_are_said(tree: Path, tmp_path: Path, content: str) -> None:
+def test_damaged_files_of_a_job_are_reported(tree: Path, tmp_path: Path, content: str) -> None:
     options = PackingOptions([str(tree)], "raw", RESOLUTION, PER_SHARD, 0)
     PackingJob(tmp_path, options)
     (tmp_path / ".packing" / "plan.json").write_text(content)
@@ -123,7 +126,7 @@ def test_damaged_files_of_a_job_are_said(tree: Path, tmp_path: Path, content: st
     assert packing_job.finished(tmp_path, options) == manifest
 
 
-def test_a_shard_that_got_lost_is_written_again(tree: Path, clean: Path, tmp_path: Path) -> None:
+def test_a_lost_shard_is_written_again(tree: Path, clean: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert alone(tree, output, "--part", "1/3").code == 0
     (output / "shard-000000.tar").write_bytes(b"")
@@ -135,7 +138,7 @@ def test_a_shard_that_got_lost_is_written_again(tree: Path, clean: Path, tmp_pat
 
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    """Let something happen while a task looks for its images."""
+    """Run `action` while a task looks for its images."""
 
     def find(*arguments: Any) -> SourceTable:
         monkeypatch.undo()
@@ -145,7 +148,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> 
     monkeypatch.setattr(packing_plan, "find_sources", find)
 
 
-def test_of_two_plans_the_first_holds(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_of_two_plans_is_kept(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = PackingOptions([str(tree)], "raw", RESOLUTION, PER_SHARD, 0)
     theirs = replace(ours, seed=5)
     for number, (first, second) in enumerate([(ours, ours), (theirs, ours)]):
@@ -161,10 +164,10 @@ def test_of_two_plans_the_first_holds(tree: Path, tmp_path: Path, monkeypatch: p
         assert {path.name for path in output.rglob("*")} == {".packing", "plan.json", "inputs.npz"}
 
 
-def test_a_task_that_comes_too_late_finds_the_job_done(
+def test_a_late_task_finds_the_job_done(
     tree: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others planned, packed and removed their plan while it looked for its images."""
+    """Other tasks planned, packed and removed their plan while this one looked for its images."""
     meanwhile(monkeypatch, lambda: packed(tree, tmp_path / "out"))
     finished = run_tool("make_shards", *command(tree, tmp_path / "out")[2:])
     assert finished.code == 0
@@ -173,25 +176,29 @@ def test_a_task_that_comes_too_late_finds_the_job_done(
 
 
 def begun(process: subprocess.Popen[str], output: Path, shards: int) -> None:
-    """Wait until so many shards are finished, or the process is."""
+    """Wait until this many shards are finished, or until the process ends."""
     while process.poll() is None and len(committed(output)) < shards:
         time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An input that takes a while (21 shards, about 0.1 s each), and what an undisturbed command makes of it."""
+    """An input that takes a while (21 shards, about 0.1 s each), and the output of an undisturbed command."""
     tree = write_tree(tmp_path_factory.mktemp("slow") / "photos", dirty=True)
     large = [file_bytes(noise(number, 1400, 1300 + number)) for number in range(4)]
     for number, path in enumerate(sorted(tree.rglob("*.png"))):
-        if path.stat().st_size > 500 and int(path.stem) != TRANSPARENT:  # the spoiled ones stay too
+        # The damaged images stay too.
+        if path.stat().st_size > 500 and int(path.stem) != TRANSPARENT:
             path.write_bytes(large[number % 4])
     packed(tree, tree.parent / "clean", *SLOW)
     return tree, tree.parent / "clean"
 
 
 def kill_and_go_on(tree: Path, output: Path, kills: int, rng: random.Random) -> list[int]:
-    """Kill the whole group at random moments until the job is done, at most `kills` times; finished shards at each."""
+    """Kill the whole group at random moments until the job is done, at most `kills` times.
+
+    Returns the number of finished shards at each kill.
+    """
     killed = []
     while not (output / "manifest.json").exists():
         process = start(command(tree, output, *SLOW))
@@ -200,29 +207,30 @@ def kill_and_go_on(tree: Path, output: Path, kills: int, rng: random.Random) -> 
             if killed and rng.random() < 0.8:
                 begun(process, output, len(before) + rng.randrange(1, 4))
                 time.sleep(rng.uniform(0.0, 0.1))
-            else:  # while it starts, maybe while the plan is made
+            else:  # A kill during the start may hit the making of the plan.
                 time.sleep(rng.uniform(0.1, 0.5))
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 killed.append(len(committed(output)))
             for path in output.glob("*.tar"):
-                scan_tar(path)  # what has its name is whole
+                scan_tar(path)  # A shard with its final name is complete.
         finish(process)
         after = committed(output)
         if not (output / "manifest.json").exists():
             assert {name: after.get(name) for name in before} == before, "a finished shard was written again"
-    code, _, errors = finish(start(command(tree, output, *SLOW)))  # what a kill after the manifest left is removed now
+    # This call removes leftovers of a kill after the manifest.
+    code, _, errors = finish(start(command(tree, output, *SLOW)))
     assert (code, errors) == (0, "")
     return killed
 
 
-def test_a_killed_job_ends_as_if_nothing_had_happened(slow: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_killed_job_ends_with_the_same_output(slow: tuple[Path, Path], tmp_path: Path) -> None:
     tree, clean = slow
     killed = kill_and_go_on(tree, tmp_path / "out", 3, random.Random(1))
     assert len(killed) == 3
     assert any(0 < finished < 21 for finished in killed), killed
     assert contents(tmp_path / "out") == contents(clean)
-    assert Manifest.read(tmp_path / "out" / "manifest.json").transparent == 3, "by the commit records"
+    assert Manifest.read(tmp_path / "out" / "manifest.json").transparent == 3, "the commit records give the number"
 
 
 @pytest.mark.slow
@@ -242,19 +250,19 @@ def children_of(pid: int) -> list[int]:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """The forks of its server."""
+    """The worker processes, which are forks of the job's server."""
     return [pid for child in children_of(process.pid) for pid in children_of(child)]
 
 
 @pytest.mark.slow
 def test_torch_is_loaded_once_for_all_workers(slow: tuple[Path, Path], tmp_path: Path) -> None:
-    """webdataset imports it: 200 MB in each worker, if they did not share that memory. The main process is without."""
+    """webdataset imports torch: 200 MB in each worker, if the memory were not shared. The main process has no torch."""
     process = start(command(slow[0], tmp_path / "out", *SLOW))
     begun(process, tmp_path / "out", 1)
     for pid in workers_of(process):
         assert "libtorch" in Path(f"/proc/{pid}/maps").read_text()
         sizes = [line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]]
-        assert sum(int(size) for name, size, *_ in sizes if name.startswith("Private_")) < 150_000  # kB
+        assert sum(int(size) for name, size, *_ in sizes if name.startswith("Private_")) < 150_000  # in kB
     assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
     process.kill()
     finish(process)
@@ -278,7 +286,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(slow: tuple[Path, Path]
     assert contents(tmp_path / "out") == contents(clean)
 
 
-def test_the_process_that_died_is_named_though_the_exit_code_of_another_one_was_missed() -> None:
+def test_the_killed_process_is_named_although_others_have_exit_codes() -> None:
     team = [SimpleNamespace(pid=pid, exitcode=code) for pid, code in ((1, 255), (2, -signal.SIGKILL), (3, 255))]
     assert processes._death(team).pid == 2  # type: ignore[arg-type]
 
@@ -293,7 +301,7 @@ def leave_slowly(folder: Path) -> None:
 
 
 def test_a_second_signal_does_not_interrupt_the_end_of_a_worker(tmp_path: Path) -> None:
-    """The scheduler's comes first, then that of the main process."""
+    """The first signal comes from the scheduler, the second one from the main process."""
     worker = multiprocessing.get_context("fork").Process(target=processes._run, args=(leave_slowly, tmp_path))
     worker.start()
     while not (tmp_path / "begun").exists():
@@ -307,7 +315,7 @@ def test_a_second_signal_does_not_interrupt_the_end_of_a_worker(tmp_path: Path) 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_cleanly(slow: tuple[Path, Path], tmp_path: Path, number: signal.Signals) -> None:
-    """To the whole group, as a terminal and some schedulers send it."""
+    """The signal goes to the whole group, as a terminal and some schedulers send it."""
     tree, clean = slow
     process = start(command(tree, tmp_path / "out", *SLOW))
     begun(process, tmp_path / "out", 1)

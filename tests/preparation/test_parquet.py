@@ -1,4 +1,4 @@
-"""Parquet files, as the Hugging Face hub stores images and as others write them."""
+"""Parquet files as the Hugging Face hub stores images, and as other programs write them."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def pack(source: Path, output: Path, *more: str) -> None:
 
 
 def hub_repository(folder: Path) -> Path:
-    """As push_to_hub lays it out, written by `datasets`."""
+    """A repository with the layout of push_to_hub, written by `datasets`."""
     (folder / "data").mkdir(parents=True)
     for number in range(2):
         part = data_set(LABELS[4 * number : 4 * number + 4], 4 * number)
@@ -50,7 +50,7 @@ def hub_repository(folder: Path) -> Path:
     return folder
 
 
-def test_what_the_library_writes_is_packed_by_worker_processes(tmp_path: Path) -> None:
+def test_files_of_the_library_are_packed_by_worker_processes(tmp_path: Path) -> None:
     source = hub_repository(tmp_path / "hub")
     more = ["--resolution", str(SIZE), "--samples-per-shard", "3", "--split", "train"]
     code, out, err = finish(start(command(source, tmp_path / "out", *more)))
@@ -64,7 +64,7 @@ def test_what_the_library_writes_is_packed_by_worker_processes(tmp_path: Path) -
 
 
 def runs(table: SourceTable) -> list[int]:
-    """How many rows stay neighbours in a random order, block by block."""
+    """The lengths of the runs of neighbouring rows in a random order, block by block."""
     rows = np.array([table[int(number)].offset for number in table.order(seed=1)])
     assert sorted(rows) == list(range(len(rows)))
     ends = np.flatnonzero(np.diff(rows, append=-2) != 1)
@@ -108,7 +108,10 @@ print(len(table), pyarrow.default_memory_pool().max_memory())
 
 @pytest.mark.parametrize("group", [1 << 20, 100])
 def test_memory_does_not_grow_with_a_row_group(tmp_path: Path, group: int) -> None:
-    """64 MB in one row group, in pages of about 1 MB as writers in C++, Java and Rust make them, or in many."""
+    """One row group holds 64 MB.
+
+    Its pages have about 1 MB, as C++, Java and Rust write them, or it has many small pages.
+    """
     random = np.random.default_rng(0)
     images = [{"bytes": b"\x89PNG\r\n\x1a\n" + random.bytes(32_000), "path": None} for _ in range(2000)]
     path = write(
@@ -145,7 +148,9 @@ def test_memory_does_not_grow_with_a_row_group(tmp_path: Path, group: int) -> No
         (["data/train-00000-of-00001.parquet"], None, [0]),
     ],
 )
-def test_split_by_name(tmp_path: Path, files: list[str], split: str | None, chosen: list[int]) -> None:
+def test_the_file_name_determines_the_split(
+    tmp_path: Path, files: list[str], split: str | None, chosen: list[int]
+) -> None:
     for number, name in enumerate(files):
         write(rows(1, label=[number]), tmp_path / "set" / name)
     assert labels_of(tmp_path / "set", split=split) == chosen
@@ -154,7 +159,7 @@ def test_split_by_name(tmp_path: Path, files: list[str], split: str | None, chos
         assert labels_of(tmp_path / "set" / patterns[0] / "*.parquet", split=split) == chosen
 
 
-def test_splits_that_are_not_clear_are_asked_about(tmp_path: Path) -> None:
+def test_ambiguous_splits_are_refused(tmp_path: Path) -> None:
     source = hub_repository(tmp_path / "hub")
     line = f"{source}: holds the splits test, train by the names of its files; pass --split train"
     assert refused_input("--input", source).endswith(line)
@@ -200,7 +205,7 @@ def test_other_images_in_the_folder_are_refused(tmp_path: Path) -> None:
 # Columns
 
 
-def test_labels_of_every_kind(tmp_path: Path) -> None:
+def test_labels_of_every_type(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     index = {"__index_level_0__": [5, 6, 7]}
     for values, expected in [
@@ -221,7 +226,7 @@ def test_labels_of_every_kind(tmp_path: Path) -> None:
     assert "row 1: has no label where a number is expected" in refused_input("--input", path)
 
 
-def test_labels_of_a_test_split_are_said_to_be_missing(tmp_path: Path) -> None:
+def test_a_test_split_without_labels_is_reported(tmp_path: Path) -> None:
     table = rows(2, label=[-1, -1]).replace_schema_metadata(metadata(image={"_type": "Image"}, label=CLASSES))
     inputs = found(write(table, tmp_path / "a.parquet"))
     assert (inputs.num_classes, inputs.class_names) == (0, None)
@@ -234,14 +239,14 @@ def test_labels_of_a_test_split_are_said_to_be_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", [[True, False], [[0, 1], [1]]])
-def test_labels_of_another_kind_are_not_passed_over(tmp_path: Path, label: list[object]) -> None:
+def test_labels_of_an_unsupported_type_are_refused(tmp_path: Path, label: list[object]) -> None:
     path = write(rows(2, label=label, breed=["x", "y"]), tmp_path / "a.parquet")
     assert "the column label holds neither numbers nor names" in refused_input("--input", path)
     assert found(path, label_column="breed").class_names == ["x", "y"]
     assert labels_of(path, labels="none") == [NO_LABEL] * 2
 
 
-def test_the_label_column_is_asked_for_where_it_is_not_clear(tmp_path: Path) -> None:
+def test_an_ambiguous_label_column_must_be_named(tmp_path: Path) -> None:
     path = write(rows(2, breed=["x", "y"], age=[3, 4]), tmp_path / "a.parquet")
     line = refused_input("--input", path)
     assert "the file does not say which column holds labels: breed, age; pass --label-column with one of these" in line
@@ -255,7 +260,7 @@ def test_the_label_column_is_asked_for_where_it_is_not_clear(tmp_path: Path) -> 
     assert labels_of(path, label_column="coarse") == [0]
 
 
-def test_the_image_column_is_found_by_its_bytes_or_asked_for(tmp_path: Path) -> None:
+def test_the_image_column_is_found_by_its_bytes_or_must_be_named(tmp_path: Path) -> None:
     images = [file_bytes(image) for image in pictures(4)]
     path = tmp_path / "a.parquet"
     write(pa.table({"id": [b"a", b"b"], "png": images[:2], "label": [0, 1]}), path)
@@ -306,7 +311,7 @@ def write_names(path: Path, *names: str) -> Path:
     return path
 
 
-def test_class_names_of_the_card_or_the_user(tmp_path: Path) -> None:
+def test_class_names_come_from_the_card_or_the_user(tmp_path: Path) -> None:
     write(rows(2, label=[2, 0]), tmp_path / "plain" / "train" / "0000.parquet")
     assert found(tmp_path).class_names is None
     (tmp_path / "README.md").write_text(CARD)
@@ -315,7 +320,7 @@ def test_class_names_of_the_card_or_the_user(tmp_path: Path) -> None:
     assert (renamed.class_names, renamed.table["label"].tolist()) == (["a", "b", "c"], [2, 0])
     (note,) = renamed.notes
     assert note.endswith("renames its classes: class 0 is 'zebra' there, and is called 'a' now")
-    in_order = ["ant", "cow", "moth", "zebra"]  # a class keeps its name, not its number
+    in_order = ["ant", "cow", "moth", "zebra"]  # A class keeps its name, but not its number.
     assert labels_of(tmp_path, class_names=in_order) == [2, 3]
     line = refused_input("--input", tmp_path, "--class-names", str(write_names(tmp_path / "names.txt", "ant", "moth")))
     assert "row 1: has label 'zebra', none of the 2 classes" in line

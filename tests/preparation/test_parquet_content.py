@@ -1,4 +1,4 @@
-"""What Parquet files can say wrongly: ImageNet's labels, images that lie elsewhere, damage."""
+"""Wrong content of Parquet files: ImageNet's labels in another order, images stored elsewhere, damage."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ WNIDS = [f"n{number:08d}" for number in range(100, 1100)]
 
 
 def imagenet(path: Path, labels: list[int], wnids: list[str]) -> Path:
-    """Rows as ILSVRC/imagenet-1k has them; the images themselves are never looked at."""
+    """Rows as in ILSVRC/imagenet-1k. The images themselves are never read."""
     image = {"bytes": file_bytes(pictures(1)[0])}
     images = [{**image, "path": f"ILSVRC2012_val_{row:08d}_{wnid}.JPEG"} for row, wnid in enumerate(wnids)]
     return write(pa.table({"image": images, "label": labels}), path)
@@ -48,8 +48,8 @@ def test_labels_in_another_order_than_imagenets_are_refused(tmp_path: Path) -> N
 # Images elsewhere
 
 
-def test_rows_that_name_files(tmp_path: Path) -> None:
-    """`Dataset.to_parquet` embeds no images, so its rows are paths of the machine that wrote them."""
+def test_rows_that_contain_paths(tmp_path: Path) -> None:
+    """`Dataset.to_parquet` stores no images: its rows are paths on the machine that wrote them."""
     (tmp_path / "photos").mkdir()
     for number, image in enumerate(pictures(3)):
         (tmp_path / "photos" / f"{number}.png").write_bytes(file_bytes(image))
@@ -65,7 +65,7 @@ def test_rows_that_name_files(tmp_path: Path) -> None:
     assert f"row 1 names {names[1]}, which is not here, and holds no image; push_to_hub and save_to_disk embed" in line
 
 
-def test_a_row_without_an_image_is_a_bad_image(tmp_path: Path) -> None:
+def test_a_row_without_an_image_counts_as_a_bad_image(tmp_path: Path) -> None:
     images = [{"bytes": file_bytes(image), "path": "x.png"} for image in pictures(3)]
     images[1]["bytes"] = None
     write(pa.table({"image": images, "label": [0, 1, 2]}), tmp_path / "a.parquet")
@@ -78,7 +78,7 @@ def test_a_row_without_an_image_is_a_bad_image(tmp_path: Path) -> None:
 # Damage
 
 
-def test_damaged_files(tmp_path: Path) -> None:
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
     whole = write(rows(60, label=[0] * 60), tmp_path / "a.parquet", row_group_size=10).read_bytes()
     for damaged in (whole[:-100], whole[: len(whole) // 2]):
         (tmp_path / "a.parquet").write_bytes(damaged)
@@ -89,13 +89,13 @@ def test_damaged_files(tmp_path: Path) -> None:
     assert line in refused_input("--input", tmp_path / "a.parquet")
 
 
-def test_a_damaged_row_group_costs_its_images_only(tmp_path: Path) -> None:
+def test_a_damaged_row_group_loses_only_its_images(tmp_path: Path) -> None:
     path = write(
         rows(30, label=[0] * 30), tmp_path / "a.parquet", row_group_size=5, compression="none", use_dictionary=False
     )
     content = bytearray(path.read_bytes())
     at = content.index(file_bytes(pictures(30)[10]))  # the first image of the third group
-    content[at - 4 : at] = b"\xff\xff\xff\x7f"  # the length of the image
+    content[at - 4 : at] = b"\xff\xff\xff\x7f"  # the length of that image
     path.write_bytes(content)
     done = alone(path, tmp_path / "out", "--resolution", str(SIZE))
     assert done.code == 0, done.err

@@ -1,4 +1,4 @@
-"""Arrow files: what `save_to_disk` and the cache of the library `datasets` hold, and files of others."""
+"""Arrow files of the library `datasets` (`save_to_disk` and its cache), and Arrow files of other programs."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_saved_data_set_is_packed(tmp_path: Path) -> None:
     assert labels == LABELS
 
 
-def test_the_order_of_the_files_is_that_of_the_state(tmp_path: Path) -> None:
+def test_the_files_are_read_in_the_order_of_state_json(tmp_path: Path) -> None:
     source = saved(tmp_path / "saved")
     files = [{"filename": f"data-0000{number}-of-00002.arrow"} for number in (1, 0)]
     change(source / "state.json", _data_files=files)
@@ -50,7 +50,7 @@ def test_the_order_of_the_files_is_that_of_the_state(tmp_path: Path) -> None:
     assert "data-00001-of-00002.arrow: is missing, though state.json names it" in refused_input("--input", source)
 
 
-def test_one_split_of_a_dictionary_is_asked_for(tmp_path: Path) -> None:
+def test_one_split_of_a_dictionary_must_be_named(tmp_path: Path) -> None:
     source = tmp_path / "saved"
     datasets.DatasetDict(test=data_set([1]), train=data_set(LABELS)).save_to_disk(str(source))
     assert refused_input("--input", source).endswith("saved: holds the splits test, train; pass --split train")
@@ -61,7 +61,7 @@ def test_one_split_of_a_dictionary_is_asked_for(tmp_path: Path) -> None:
     assert labels_of(source / "test") == [1]
 
 
-def test_saves_of_the_past(tmp_path: Path) -> None:
+def test_older_forms_of_saved_data_sets_are_read(tmp_path: Path) -> None:
     source = saved(tmp_path / "saved")
     change(source / "state.json", _indices_data_files=[{"filename": "indices.arrow"}])
     line = refused_input("--input", source)
@@ -69,7 +69,7 @@ def test_saves_of_the_past(tmp_path: Path) -> None:
     change(source / "state.json", _indices_data_files=[], _data_files=[])
     write_stream(rows(2, label=[1, 0]), source / "dataset.arrow")
     assert labels_of(source) == [1, 0]
-    assert found(source).class_names == NAMES  # of dataset_info.json
+    assert found(source).class_names == NAMES  # from dataset_info.json
     (source / "state.json").write_text("[]")
     assert "state.json: is no object of JSON; copy the whole folder again" in refused_input("--input", source)
 
@@ -80,7 +80,7 @@ def test_the_cache_of_the_library_is_read(tmp_path: Path) -> None:
     names = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")}
     cache = tmp_path / "cache"
     loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=str(cache))
-    loaded["train"].filter(lambda row: row["label"] == 0)  # writes cache-HASH.arrow
+    loaded["train"].filter(lambda row: row["label"] == 0)  # This writes cache-HASH.arrow.
     assert "holds the splits test, train by the names" in refused_input("--input", cache / "parquet")
     inputs = found(cache / "parquet", split="train")
     assert inputs.table["label"].tolist() == LABELS
@@ -90,7 +90,7 @@ def test_the_cache_of_the_library_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", ["uncompressed", "zstd"])
-def test_arrow_files_with_a_footer(tmp_path: Path, compression: str) -> None:
+def test_arrow_files_with_a_footer_are_read(tmp_path: Path, compression: str) -> None:
     feather.write_feather(rows(9, label=["b", "a", "c"] * 3), tmp_path / "a.feather", compression, chunksize=4)
     inputs = found(tmp_path / "a.feather")
     assert inputs.class_names == ["a", "b", "c"]
@@ -99,7 +99,7 @@ def test_arrow_files_with_a_footer(tmp_path: Path, compression: str) -> None:
     assert images_and_labels(tmp_path / "out")[1] == [1, 0, 2] * 3
 
 
-def test_rows_of_a_stream_stay_neighbours_in_blocks_and_those_of_a_file_all(tmp_path: Path) -> None:
+def test_rows_stay_neighbours_in_blocks_of_a_stream_and_in_a_whole_file(tmp_path: Path) -> None:
     table = rows(2500, label=[0] * 2500)
     stream = found(write_stream(table, tmp_path / "a.arrow", 30))
     order = stream.order(seed=1)

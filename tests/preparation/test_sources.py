@@ -1,4 +1,4 @@
-"""Which images are found in folders, tars and tables, and what is refused about them. No image is opened."""
+"""Images that are found in folders, tars and tables, and refusals. No image is opened."""
 
 import gzip
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.support.pictures import tar_bytes, write_tar
 
 
 def found(inputs: SourceTable, root: Path) -> list[tuple[str, int]]:
-    """Path below `root` and label of every image, in order."""
+    """The path below `root` and the label of every image, in order."""
     return [
         (str(Path(source.path).relative_to(root)), source.label)
         for source in map(inputs.__getitem__, range(len(inputs)))
@@ -27,7 +27,7 @@ def found(inputs: SourceTable, root: Path) -> list[tuple[str, int]]:
 # Folders
 
 
-def test_first_folders_are_classes_in_sorted_order(tmp_path: Path) -> None:
+def test_top_folders_are_classes_in_sorted_order(tmp_path: Path) -> None:
     tree(
         tmp_path,
         "cat/deep/er/2.webp",
@@ -59,7 +59,7 @@ def test_images_without_class_folders_have_no_labels(tmp_path: Path) -> None:
     assert (inputs.num_classes, inputs.class_names) == (0, None)
 
 
-def test_folders_are_names_even_if_they_look_like_numbers(tmp_path: Path) -> None:
+def test_folders_are_class_names_even_if_they_look_like_numbers(tmp_path: Path) -> None:
     tree(tmp_path, "2/a.png", "10/a.png")
     inputs = find_sources([str(tmp_path)])
     assert inputs.class_names == ["2", "10"]
@@ -73,11 +73,12 @@ def test_several_folders_share_their_classes(tmp_path: Path) -> None:
     assert found(inputs, tmp_path) == [("two/a/3.png", 0), ("two/b/4.png", 1), ("one/b/1.png", 1), ("one/c/2.png", 2)]
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_links_are_followed_except_in_cycles(tmp_path: Path) -> None:
     tree(tmp_path / "far", "1.png")
     tree(tmp_path / "near", "a/2.png")
     (tmp_path / "near" / "b").symlink_to(tmp_path / "far")
-    (tmp_path / "near" / "a" / "gone.png").symlink_to(tmp_path / "nothing")  # is met as a bad image later
+    # This dangling link counts as a bad image later.
+    (tmp_path / "near" / "a" / "gone.png").symlink_to(tmp_path / "nothing")
     inputs = find_sources([str(tmp_path / "near")])
     assert found(inputs, tmp_path / "near") == [("a/2.png", 0), ("a/gone.png", 0), ("b/1.png", 1)]
     (tmp_path / "near" / "a" / "up").symlink_to(tmp_path / "near")
@@ -96,7 +97,7 @@ def test_a_mixture_is_refused(tmp_path: Path) -> None:
     refused(r"holds images, such as .*a/1.png, and tars \(1\)", tmp_path)
 
 
-def test_numbers_as_names_are_numbered_in_their_order_and_others_are_sorted(tmp_path: Path) -> None:
+def test_numeric_class_names_are_ordered_by_number_and_others_are_sorted(tmp_path: Path) -> None:
     tree(tmp_path / "numbers", *(f"{number}/a.png" for number in range(12)))
     assert find_sources([str(tmp_path / "numbers")]).class_names == [str(number) for number in range(12)]
     tree(tmp_path / "mixed", "2/a.png", "10/a.png", "x/a.png")
@@ -116,7 +117,7 @@ def test_names_of_any_bytes_survive(tmp_path: Path) -> None:
 
 
 def imagenet_like(path: Path) -> Path:
-    """Outer and inner members in no order; what stands in a member says where it belongs."""
+    """A tar of tars whose outer and inner members are not ordered. Each member's content states its place."""
     inner = {
         label: tar_bytes(*[(f"{label}_{number}.JPEG", f"{label}/{number}".encode()) for number in (3, 1, 2)])
         for label in ("n02", "n01")
@@ -130,7 +131,7 @@ def test_a_tar_of_tars_is_read_in_place(tmp_path: Path) -> None:
     content = path.read_bytes()
     sources = [inputs[number] for number in range(len(inputs))]
     texts = [content[source.offset : source.offset + source.size].decode() for source in sources]
-    assert texts == ["n01/1", "n01/2", "n01/3", "n02/1", "n02/2", "n02/3"]  # as folders would be
+    assert texts == ["n01/1", "n01/2", "n01/3", "n02/1", "n02/2", "n02/3"]  # The order is that of folders.
     assert [source.label for source in sources] == [0, 0, 0, 1, 1, 1]
     assert inputs.class_names == ["n01", "n02"]
     assert sources[0].place == f"{path}: byte {sources[0].offset}"
@@ -197,7 +198,7 @@ def test_raw_shards_can_be_packed_again(tmp_path: Path) -> None:
 # Tables
 
 
-def test_csv_and_jsonl(tmp_path: Path) -> None:
+def test_csv_and_jsonl_tables_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("\ufefflabel,path,note\ndog,x/1.png,\ncat,/far/2.JPG,hm\n")
     (tmp_path / "b.jsonl").write_text('{"path": "x/1.png", "label": "dog"}\n\n{"path": "/far/2.JPG", "label": "cat"}\n')
     for name in ("a.csv", "b.jsonl"):
@@ -248,9 +249,7 @@ def test_csv_and_jsonl(tmp_path: Path) -> None:
         ("path,label\na.png,1\nb.png,0\na.png,0\n", None, "line 4: lists 'a.png' again; every image must come once"),
     ],
 )
-def test_tables_that_make_no_sense_are_refused(
-    tmp_path: Path, text: str, names: list[str] | None, message: str
-) -> None:
+def test_invalid_tables_are_refused(tmp_path: Path, text: str, names: list[str] | None, message: str) -> None:
     (tmp_path / "a.csv").write_bytes(text.encode("latin-1"))
     refused(message, tmp_path / "a.csv", names=names)
 
@@ -270,12 +269,12 @@ def test_tables_that_make_no_sense_are_refused(
         ('{"path": "a.png", "label": ""}\n', "line 1: label '' is neither"),
     ],
 )
-def test_json_lines_that_make_no_sense_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_json_lines_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text(text)
     refused(message, tmp_path / "a.jsonl")
 
 
-# Anything else
+# Other inputs
 
 
 def test_other_sources_are_refused(tmp_path: Path) -> None:
@@ -294,7 +293,7 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
     refused("b.tar: no image in it", write_tar(tmp_path / "b.tar"))
 
 
-def test_labels_of_all_sources_are_of_one_kind(tmp_path: Path) -> None:
+def test_all_sources_must_have_the_same_kind_of_labels(tmp_path: Path) -> None:
     tree(tmp_path / "folders", "cat/1.png")
     write_tar(tmp_path / "a.tar", ("k.png", CONTENT), ("k.cls", b"3"))
     refused(
@@ -310,7 +309,7 @@ def test_labels_of_all_sources_are_of_one_kind(tmp_path: Path) -> None:
     )
 
 
-def test_class_names(tmp_path: Path) -> None:
+def test_class_names_of_the_user(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text("tabby cat\r\ndog \n\n")
     assert read_class_names(path) == ["tabby cat", "dog"]
@@ -326,7 +325,7 @@ def test_class_names(tmp_path: Path) -> None:
         read_class_names(tmp_path / "nothing")
 
 
-def test_inputs_are_stored_in_few_bytes_and_come_back(tmp_path: Path) -> None:
+def test_inputs_are_stored_compactly_and_read_back(tmp_path: Path) -> None:
     tree(tmp_path / "in", "a/1.png", "b/2.jpeg")
     write_tar(tmp_path / "in.tar", ("k.webp", CONTENT))
     inputs = find_sources([str(tmp_path / "in")])

@@ -1,4 +1,4 @@
-"""Surveys of foreign tars, which make shards of them."""
+"""Surveys of foreign tars, which turn them into shards."""
 
 import io
 import os
@@ -41,8 +41,8 @@ def test_tars_with_numbers_become_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [None, NAMES])
-def test_names_are_numbered_sorted_or_as_told(tmp_path: Path, given: list[str] | None) -> None:
-    """The second shard holds one class only, and the first meets them in another order than the sorted one."""
+def test_names_are_numbered_in_sorted_or_given_order(tmp_path: Path, given: list[str] | None) -> None:
+    """The second shard holds one class only. The first one has the classes in another order than the sorted one."""
     theirs(tmp_path, lambda number: {"cls": NAMES[number % 3 if number < 4 else 1]})
     manifest = index(tmp_path, given).manifest
     expected = given or sorted(NAMES)
@@ -63,7 +63,7 @@ def test_tars_without_labels_become_unlabelled_shards(tmp_path: Path) -> None:
         ShardSet.open(tmp_path, 3)
 
 
-def test_a_file_of_names_bounds_numbers(tmp_path: Path) -> None:
+def test_a_file_of_names_limits_the_numbers(tmp_path: Path) -> None:
     theirs(tmp_path, lambda number: {"cls": number % 4})
     assert index(tmp_path, ["a", "b", "c", "d", "e"]).manifest.num_classes == 5
     (tmp_path / "manifest.json").unlink()
@@ -74,7 +74,7 @@ def test_a_file_of_names_bounds_numbers(tmp_path: Path) -> None:
     ]
 
 
-def test_a_glob_may_leave_tars_out(tmp_path: Path) -> None:
+def test_a_glob_may_exclude_tars(tmp_path: Path) -> None:
     theirs(tmp_path, lambda number: {"cls": 0})
     assert [record.name for record in index(tmp_path / "theirs-00[12].tar").manifest.shards] == [
         "theirs-001.tar",
@@ -85,7 +85,7 @@ def test_a_glob_may_leave_tars_out(tmp_path: Path) -> None:
 
 
 def test_every_defect_is_reported_and_nothing_written(tmp_path: Path) -> None:
-    """Kinds of labels in a mixture, and damaged tars between sound ones."""
+    """Kinds of labels are mixed, and damaged tars lie between sound ones."""
     image = numbered_png()
     paths = {
         "a": write_tar(
@@ -109,7 +109,7 @@ def test_every_defect_is_reported_and_nothing_written(tmp_path: Path) -> None:
     }
     (tmp_path / "e.tar").write_bytes(paths["a"].read_bytes()[: offset(paths["a"], 2) + 10])
     (tmp_path / "f.tar").write_bytes(b"")
-    block = 512 + 512 * -(-len(image) // 512)  # of an image
+    block = 512 + 512 * -(-len(image) // 512)  # the bytes of an image
     before = sorted(os.listdir(tmp_path))
     found = index(tmp_path, workers=2)
     assert sorted(os.listdir(tmp_path)) == before
@@ -137,8 +137,8 @@ def test_names_and_numbers_in_equal_parts_are_still_refused(tmp_path: Path) -> N
     ]
 
 
-def test_the_resolution_is_that_of_all_images(tmp_path: Path) -> None:
-    """Headers alone are read, even when they are far inside a file, and an undecodable image does not decide."""
+def test_the_resolution_is_stored_if_all_images_share_it(tmp_path: Path) -> None:
+    """Only headers are read, even if they lie far inside a file. An undecodable image does not count."""
     stream = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(noise).save(stream, "JPEG", icc_profile=bytes(200_000))
@@ -179,7 +179,7 @@ def test_indexing_again_keeps_the_manifest_of_a_packing(tmp_path: Path) -> None:
 def test_a_kill_while_indexing_again_leaves_no_manifest_of_other_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Indexes are written first: under the old manifest their labels would mean something else."""
+    """Indexes are written first: with the old manifest their labels would have another meaning."""
     index(theirs(tmp_path / "t", lambda number: {"cls": ["cat", "dog"][number % 2]}), ["cat", "dog"])
 
     def killed(*_: object) -> None:
@@ -194,8 +194,8 @@ def test_a_kill_while_indexing_again_leaves_no_manifest_of_other_labels(
     assert ShardSet.open(tmp_path / "t", 2, 8).read(0, 0)[1] == 1
 
 
-def test_ctrl_c_and_other_ranks(tmp_path: Path) -> None:
-    """A tool says that it was stopped, and says its mistakes under Slurm too, whichever task it is."""
+def test_ctrl_c_and_mistakes_under_slurm(tmp_path: Path) -> None:
+    """A tool reports that it was stopped. Under Slurm it reports its mistakes whichever task it is."""
     for name in ("index_shards", "inspect_shards"):
         finished = subprocess.run(
             [sys.executable, f"tools/{name}.py", "absent"],
@@ -212,7 +212,7 @@ def test_ctrl_c_and_other_ranks(tmp_path: Path) -> None:
     assert (finished.returncode, finished.stderr) == (130, "stopped by Ctrl-C\n")
 
 
-def test_files_of_class_names(tmp_path: Path) -> None:
+def test_invalid_files_of_class_names_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text("tench\r\ngreat white shark\n2\n\n")
     assert read_class_names(path) == ["tench", "great white shark", "2"]
@@ -228,6 +228,6 @@ def test_files_of_class_names(tmp_path: Path) -> None:
         read_class_names(tmp_path / "nowhere")
 
 
-def test_a_dead_process_is_one_line() -> None:
+def test_a_killed_process_is_a_one_line_error() -> None:
     with pytest.raises(DataError, match=r"worker process .*: ended with exit code [34]; start again, maybe with fewer"):
         list(in_processes(os._exit, [3, 4], 2))

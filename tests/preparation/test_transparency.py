@@ -31,14 +31,14 @@ COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "12,34,200": (12, 34, 2
 
 
 def emoji(number: int, alpha: int = 0) -> npt.NDArray[np.uint8]:
-    """Noise on the left; on the right a colour that nobody is to see, green as in a set of emoji."""
+    """Noise on the left. On the right lies a hidden colour, green as in a set of emoji."""
     pixels = np.dstack([noise(number, 16, 16), np.full((16, 16), 255, np.uint8)])
     pixels[:, 8:] = (0, 255, 0, alpha)
     return pixels
 
 
 def write_emoji(folder: Path, count: int = 5) -> Path:
-    """As many transparent images; and one that is opaque though it has alpha."""
+    """Write this many transparent images, and one that is opaque although it has alpha."""
     folder.mkdir()
     for number in range(count):
         (folder / f"{number:02d}.png").write_bytes(file_bytes(emoji(number)))
@@ -49,7 +49,7 @@ def write_emoji(folder: Path, count: int = 5) -> Path:
 @pytest.mark.parametrize("background", [*COLOURS, "drop"])
 @pytest.mark.parametrize("codec", ["raw", "original"])
 def test_hidden_colours_stay_hidden(tmp_path: Path, codec: str, background: str) -> None:
-    """The same pixels whether they are composited when they are packed or when they are read."""
+    """The pixels are the same whether they are composited while packing or while reading."""
     source, output = write_emoji(tmp_path / "in"), tmp_path / "out"
     options = () if background == "white" else ("--background", background)
     finished = alone(source, output, *options, codec=codec)
@@ -77,13 +77,13 @@ def test_hidden_colours_stay_hidden(tmp_path: Path, codec: str, background: str)
     np.testing.assert_allclose(seen["rgb_mean_255"], pixels.mean((0, 1)))
 
 
-def test_nothing_is_said_of_opaque_images(tmp_path: Path) -> None:
+def test_opaque_images_give_no_message(tmp_path: Path) -> None:
     finished = alone(write_emoji(tmp_path / "in", count=0), tmp_path / "out")
     assert "0 bad\n" in finished.out
     assert Manifest.read(tmp_path / "out" / "manifest.json").transparent == 0
 
 
-def test_a_job_goes_on_with_its_own_background_and_channels_only(tmp_path: Path) -> None:
+def test_a_job_continues_with_its_own_background_and_channels_only(tmp_path: Path) -> None:
     source, output = write_emoji(tmp_path / "in"), tmp_path / "out"
     assert alone(source, output, "--part", "1/2").code == 0
     other = ("--background", "drop", "--channels", "1")
@@ -91,11 +91,11 @@ def test_a_job_goes_on_with_its_own_background_and_channels_only(tmp_path: Path)
     assert "was begun with --background white --channels 3, not with --background drop --channels 1" in message
     packed(source, output)
     assert "another --background and --channels" in refused(*command(source, output, *other))
-    # A colour and its name are the same background.
+    # A colour and its name give the same background.
     assert "is there already" in alone(source, output, "--background", "255,255,255").out
 
 
-def test_mistakes_get_one_line(tmp_path: Path) -> None:
+def test_a_mistake_is_a_one_line_error(tmp_path: Path) -> None:
     source, output = write_emoji(tmp_path / "in"), tmp_path / "out"
     message = refused(*command(source, output, "--background", "red"))
     assert "background 'red': is unknown; give white, black, drop" in message
@@ -108,7 +108,7 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec", ["raw", "png", "webp", "jpeg"])
 def test_grey_data_stays_grey(tmp_path: Path, codec: str) -> None:
-    """Colours become luma, after what is transparent was composited."""
+    """Colours become luma, after transparent pixels were composited."""
     source, output = write_emoji(tmp_path / "in", count=20), tmp_path / "out"
     options = PackingOptions([str(source)], "raw", RESOLUTION, 100, 0, channels=1)
     manifest = packed(source, output, "--channels", "1", "--samples-per-shard", "100", codec=codec)
@@ -130,7 +130,7 @@ def test_grey_data_stays_grey(tmp_path: Path, codec: str) -> None:
 
 
 def test_the_background_of_foreign_tars_is_kept(tmp_path: Path) -> None:
-    """Until --force and --background change it together."""
+    """The background stays until --force and --background change it together."""
     write_tar(tmp_path / "a.tar", *[(f"{number}.png", file_bytes(emoji(number))) for number in range(3)])
 
     def colour() -> list[int]:
@@ -144,7 +144,7 @@ def test_the_background_of_foreign_tars_is_kept(tmp_path: Path) -> None:
     said = tool("index_shards", tmp_path, "--background", "12,34,200", expect=2).stderr
     assert said == (f"error: {tmp_path}/manifest.json: says --background black, not 12,34,200; --force changes it\n")
     tool("index_shards", tmp_path, "--force")
-    assert colour() == [0, 0, 0], "not given, so kept"
+    assert colour() == [0, 0, 0], "the background is kept, because none is given"
     tool("index_shards", tmp_path, "--force", "--background", "12,34,200")
     assert colour() == [12, 34, 200]
     shown = json.loads(tool("inspect_shards", tmp_path, "--json").stdout)
@@ -158,7 +158,7 @@ def test_the_background_of_foreign_tars_is_kept(tmp_path: Path) -> None:
     )
 
 
-def test_a_background_of_packing_is_not_changed_by_indexing(tmp_path: Path) -> None:
+def test_indexing_does_not_change_the_background_of_packing(tmp_path: Path) -> None:
     packed(write_emoji(tmp_path / "in"), tmp_path / "out", codec="original")
     said = tool("index_shards", tmp_path / "out", "--force", "--background", "black", expect=2).stderr
     assert "came from packing, which chose the background; leave out --background" in said

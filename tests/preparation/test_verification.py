@@ -1,4 +1,4 @@
-"""Verifying shards: every kind of damage is found, in one run."""
+"""Verification of shards: one run finds every kind of damage."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def test_sound_shards_have_no_defects(tmp_path: Path, codec: str) -> None:
 
 
 def vouch(folder: Path) -> None:
-    """Make the manifest vouch for the tars as they are, with fresh indices."""
+    """Write a manifest that agrees with the tars in their current state, with fresh indices."""
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").unlink()
     fresh = index(folder).manifest
@@ -36,31 +36,31 @@ def vouch(folder: Path) -> None:
 
 
 def test_damage_of_every_kind_is_found_in_one_run(tmp_path: Path) -> None:
-    """One kind a shard, all in one folder: none hides another."""
+    """Each shard has one kind of damage, all in one folder. No defect hides another one."""
     images = np.random.default_rng(0).integers(0, 256, (36, 16, 16, 3), np.uint8)
     write_shards(images, [number % 3 for number in range(36)], tmp_path, codec="jpeg", samples_per_shard=4)
     paths = sorted(tmp_path.glob("*.tar"))
     rows = [index_tar(path) for path in paths]
-    # 0: a broken image and a label out of range, in a shard that the manifest vouches for
+    # 0: a broken image and a label out of range, in a shard that agrees with the manifest
     image_at = int(rows[0]["offset"][2])
     data = bytearray(paths[0].read_bytes())
     data[image_at + 200 : image_at + 300] = bytes(100)
     data[scan_tar(paths[0])[1].label_offset] = ord("7")
     paths[0].write_bytes(data)
     vouch(tmp_path)
-    # 1: another byte, but the same pixels; 2: cut inside the third sample; 3: gone
+    # 1: another byte, but the same pixels; 2: cut inside the third sample; 3: missing
     flip(paths[1], int(rows[1]["offset"][1]) + 14)  # the density in the JFIF header
     cut = int(rows[2]["offset"][2]) + 20
     paths[2].write_bytes(paths[2].read_bytes()[:cut])
     paths[3].unlink()
-    # 4: an index that lies about a label, 5: about the number of samples, 6: is no index, 7: is not there
+    # 4: an index with a wrong label; 5: with a wrong number of samples; 6: not an index; 7: missing
     lying = index_tar(paths[4])
     lying["label"][3] = (lying["label"][3] + 1) % 3
     save_array(index_path(paths[4]), lying)
     save_array(index_path(paths[5]), index_tar(paths[5])[:3])
     paths[6].with_suffix(".index.npy").write_bytes(b"nothing")
     paths[7].with_suffix(".index.npy").unlink()
-    # 8: a manifest that lies about the number of samples
+    # 8: a manifest with a wrong number of samples
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["shards"][8]["samples"] = 5
     change_manifest(tmp_path, shards=manifest["shards"], total=37)
@@ -90,7 +90,8 @@ def test_damage_of_every_kind_is_found_in_one_run(tmp_path: Path) -> None:
     for defect, (_, _, message) in zip(found.defects, expected, strict=True):
         assert re.search(message, str(defect)), str(defect)
         assert "\n" not in str(defect)
-    assert defects(paths[8]) == [str(found.defects[-1])]  # the tars that were named, not those that the manifest names
+    # Only the given tars are verified, not all tars of the manifest.
+    assert defects(paths[8]) == [str(found.defects[-1])]
     assert found.shards == 9
     assert found.samples == 4 * 7 + 2
 
@@ -104,7 +105,7 @@ def test_damage_of_every_kind_is_found_in_one_run(tmp_path: Path) -> None:
     assert re.fullmatch(rf"{tmp_path}: 9 shards, 30 samples, [\d,]+ bytes, \d+ images/s, 11 defects", closing)
 
 
-def test_a_byte_of_raw_pixels_is_seen_by_its_hash(tmp_path: Path) -> None:
+def test_a_changed_byte_of_raw_pixels_is_found_by_its_hash(tmp_path: Path) -> None:
     write_shards(numbered(8), [0] * 8, tmp_path, codec="raw", samples_per_shard=4)
     path = tmp_path / "shard-000001.tar"
     flip(path, offset(path, 2) + 200)
@@ -113,7 +114,7 @@ def test_a_byte_of_raw_pixels_is_seen_by_its_hash(tmp_path: Path) -> None:
     assert re.fullmatch(rf"{path}: has sha256 \w+\.\.\., the manifest says \w+\.\.\.; copy it again", line)
 
 
-def test_a_wrong_label_is_not_the_fault_of_the_index(tmp_path: Path) -> None:
+def test_a_wrong_label_is_not_blamed_on_the_index(tmp_path: Path) -> None:
     write_shards(numbered(4), [0] * 4, tmp_path)
     path = tmp_path / "shard-000000.tar"
     flip(path, scan_tar(path)[3].label_offset)
@@ -122,7 +123,7 @@ def test_a_wrong_label_is_not_the_fault_of_the_index(tmp_path: Path) -> None:
     assert label.startswith(f"{path}: byte {offset(path, 3)}: sample 3 has label '\ufffd', needs one in 0..0")
 
 
-def test_what_the_manifest_says_of_the_images_is_checked(tmp_path: Path) -> None:
+def test_the_statements_of_the_manifest_about_images_are_checked(tmp_path: Path) -> None:
     write_shards(numbered(3), [0, 1, 1], tmp_path, class_names=["a", "b"])
     change_manifest(tmp_path, resolution=9, num_classes=1)
     manifest, *lines = defects(tmp_path)

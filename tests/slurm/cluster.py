@@ -1,8 +1,8 @@
-"""A real Slurm of several nodes on one machine, for the tests. Needs root, and Debian's packages (packages.sh).
+"""A real Slurm with several nodes on one machine, for the tests. It needs root and Debian's packages (packages.sh).
 
-Each node is a slurmd in network, host name and mount namespaces of its own: another address, another name, and a
-small disk of its own at `scratch`. Nothing is left behind: processes are ended by the pids that were noted, and what a
-killed test run left is removed at the next start.
+Each node is a slurmd in namespaces of its own (network, host name, mounts): it has an address, a name, and a small
+disk at `scratch` of its own. Nothing is left behind: processes are ended by their recorded pids, and the next start
+removes the leftovers of a killed test run.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 class SlurmCluster:
-    """munged, slurmctld, optionally slurmdbd, and a slurmd a node.
+    """munged, slurmctld, optionally slurmdbd, and one slurmd for each node.
 
-    Partitions: `batch` (default) and `urgent`, whose jobs take nodes from it by requeuing what runs there.
+    Partitions: `batch` (default) and `urgent`. Jobs of `urgent` take nodes from `batch` and requeue its jobs.
 
     Attributes:
-        folder: logs and state.
-        nodes: names.
-        scratch: a path at which every node has a disk of its own.
+        folder: the folder of logs and state.
+        nodes: the names of the nodes.
+        scratch: the path at which every node has a disk of its own.
     """
 
     def __init__(self, nodes: int = 4, *, accounting: bool = False) -> None:
@@ -45,13 +45,13 @@ class SlurmCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For clients of this cluster."""
+        """The environment for clients of this cluster."""
         return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    # --- bringing it up and down ---
+    # --- start and stop ---
 
     def start(self) -> None:
-        """Bring everything up, and wait until all nodes are idle."""
+        """Start everything, and wait until all nodes are idle."""
         remove_leftovers()
         for name in ("state", "spool", "log", "pid", "dev", "scratch"):
             (self.folder / name).mkdir(parents=True)
@@ -89,7 +89,7 @@ class SlurmCluster:
     # --- clients ---
 
     def run(self, *command: str, check: bool = True, env: Mapping[str, str] | None = None) -> str:
-        """What a client command prints."""
+        """The output of a client command."""
         finished = subprocess.run(
             command,
             env={**self.environment, **(env or {})},
@@ -102,15 +102,15 @@ class SlurmCluster:
         return finished.stdout + ("" if check else finished.stderr)
 
     def sbatch(self, *arguments: str, env: Mapping[str, str] | None = None) -> str:
-        """Submit; returns the job's id."""
+        """Submit a job; returns its id."""
         return self.run("sbatch", "--parsable", *arguments, env=env).strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """The fields of `scontrol show job`."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", job)))
 
     def wait(self, job: str, *, until: Sequence[str] = ENDED, seconds: float = 120) -> str:
-        """Wait for one of the states; returns it."""
+        """Wait until the job has one of the states; returns the state."""
         self._until(lambda: self.job(job)["JobState"] in until, seconds, f"job {job} is not {until}")
         return self.job(job)["JobState"]
 
@@ -119,14 +119,14 @@ class SlurmCluster:
         self._until(condition, seconds, what)
 
     def node_states(self) -> dict[str, str]:
-        """Node name -> state, as sinfo shows it."""
+        """The state of each node, as sinfo shows it."""
         lines = self.run("sinfo", "--noheader", "--Node", "--partition=batch", "--format=%N %T", check=False)
         return dict(line.split() for line in lines.splitlines() if len(line.split()) == 2)
 
-    # --- what goes wrong ---
+    # --- failures ---
 
     def start_node(self, node: str) -> None:
-        """Power on."""
+        """Power the node on."""
         script = (
             f"hostname {node}; mount -t tmpfs -o size=16m none {self.scratch}; "
             f"mount --bind {self.folder / 'hosts'} /etc/hosts; exec slurmd -N {node}"
@@ -134,13 +134,13 @@ class SlurmCluster:
         self._daemon("nsenter", f"--net=/run/netns/{node}", "unshare", "--uts", "--mount", "bash", "-c", script)
 
     def kill_node(self, node: str) -> None:
-        """Power off: slurmd, steps and tasks are gone at once."""
+        """Power the node off: slurmd, steps and tasks are gone at once."""
         for pid in _output("ip", "netns", "pids", node).split():
             _kill(int(pid))
 
     @contextmanager
     def unplugged(self, node: str) -> Iterator[None]:
-        """The node's network cable is out; its processes live on."""
+        """The node's network cable is unplugged; its processes live on."""
         _run("ip", "link", "set", _cable(node), "down")
         try:
             yield
@@ -149,7 +149,7 @@ class SlurmCluster:
 
     @contextmanager
     def unwritable_scratch(self, node: str) -> Iterator[None]:
-        """The node's own disk cannot be written."""
+        """The node's own disk is read-only."""
         pid = (self.folder / "pid" / node).read_text().strip()
         remount = ["nsenter", f"--target={pid}", "--mount", "mount", "-o"]
         _run(*remount, "remount,ro", str(self.scratch))
@@ -159,13 +159,13 @@ class SlurmCluster:
             _run(*remount, "remount,rw", str(self.scratch))
 
     def tasks(self, node: str, pattern: str) -> list[int]:
-        """Pids on a node whose command line matches, as the ranks of a job."""
+        """The pids of processes on a node whose command line matches, such as the ranks of a job."""
         found = []
         for pid in _output("ip", "netns", "pids", node).split():
             try:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
-                continue  # ended meanwhile
+                continue  # The process has ended in the meantime.
             if re.search(pattern, command) and not command.startswith(("srun", "slurmstepd")):
                 found.append(int(pid))
         return found
@@ -182,7 +182,7 @@ class SlurmCluster:
             _run("ip", "link", "add", _cable(node), "type", "veth", "peer", "name", "eth0", "netns", node)
             _run("ip", "link", "set", _cable(node), "master", BRIDGE, "up")
             _run("ip", "-n", node, "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
-            # No default route: look-ups of names then fail at once, instead of after seconds.
+            # There is no default route: name look-ups then fail at once, not after seconds.
             for device in ("lo", "eth0"):
                 _run("ip", "-n", node, "link", "set", device, "up")
             hosts.append(f"{NETWORK}.{number} {node}")
@@ -191,7 +191,8 @@ class SlurmCluster:
     def _write_configuration(self) -> None:
         folder, controller = self.folder, socket.gethostname().split(".")[0]
         for number in range(GPUS):
-            os.mknod(folder / f"dev/gpu{number}", 0o666 | 0o020000, os.makedev(1, 3))  # must be character devices
+            # Slurm needs character devices here.
+            os.mknod(folder / f"dev/gpu{number}", 0o666 | 0o020000, os.makedev(1, 3))
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/dev/gpu[0-{GPUS - 1}]\n")
         accounting = (
             f"""
@@ -207,8 +208,8 @@ AccountingStoragePass={folder}/munge.socket"""
             f"RealMemory={MEMORY_MIB} Gres=gpu:{GPUS} State=UNKNOWN"
             for number, node in enumerate(self.nodes, 1)
         )
-        # cred_expire: a requeued job may start again so many seconds later (Slurm's own default is 120).
-        # FirstJobId: ids of another cluster must not come again, since folders are named by them.
+        # cred_expire: the number of seconds until a requeued job may start again (Slurm's own default is 120).
+        # FirstJobId: job ids of another cluster must not repeat, because folders are named after them.
         (folder / "slurm.conf").write_text(
             f"""ClusterName=jitscale
 SlurmctldHost={controller}({NETWORK}.254)
@@ -251,7 +252,8 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 
     def _start_accounting(self) -> None:
         folder = self.folder
-        data, endpoint = folder / "mysql", Path("/run/mysqld/mysqld.sock")  # compiled into libmariadb
+        # The path of this socket is compiled into libmariadb.
+        data, endpoint = folder / "mysql", Path("/run/mysqld/mysqld.sock")
         data.mkdir()
         shutil.chown(data, "mysql")
         endpoint.parent.mkdir(exist_ok=True)
@@ -307,7 +309,7 @@ StorageLoc=jitscale_test
             time.sleep(0.3)
 
     def _state(self) -> str:
-        """For messages: jobs, nodes, and the ends of the logs."""
+        """Jobs, nodes and the ends of the logs, for messages."""
         parts = [self.run("squeue", check=False), self.run("sinfo", "--Node", "--long", check=False)]
         for log in sorted((self.folder / "log").iterdir()):
             parts += [f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-8:]]
@@ -315,7 +317,7 @@ StorageLoc=jitscale_test
 
 
 def remove_leftovers() -> None:
-    """End what a cluster of these tests has started, this run's or a killed one's, and remove what it made."""
+    """End all processes of a cluster of these tests, from this run or a killed one, and remove its files."""
     if (FOLDER / "slurm.conf").exists() and _alive_by_file(FOLDER / "pid/slurmctld", "slurmctld"):
         environment = {**os.environ, "SLURM_CONF": str(FOLDER / "slurm.conf")}
         for options in (["--state=PENDING"], ["--full", "--signal=KILL"], []):
@@ -343,7 +345,7 @@ def remove_leftovers() -> None:
 
 
 def _alive_by_file(file: Path, command: str) -> int | None:
-    """The pid in the file, if a process of that name still has it."""
+    """The pid in the file, if a process with that name still has it."""
     try:
         pid = int(file.read_text())
         status = Path(f"/proc/{pid}/status").read_text()
@@ -357,7 +359,7 @@ def _kill(pid: int) -> None:
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
-        return  # it has ended by itself
+        return  # It has ended by itself.
 
 
 def _cable(node: str) -> str:

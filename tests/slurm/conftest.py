@@ -20,7 +20,7 @@ from tests.support.processes import run_ranks
 from tests.support.tiny import OVERRIDES
 
 STEPS, BATCH, SAVE_EVERY = 60, 12, 5
-STEADY = f"slow:step=1:times={STEPS}:seconds="  # each step waits: time for something to happen to the run
+STEADY = f"slow:step=1:times={STEPS}:seconds="  # Each step waits, so that there is time to disturb the run.
 STILL = ("model.attn_dropout=0", "model.proj_dropout=0")
 
 
@@ -40,7 +40,7 @@ class Runs:
         (folder / "logs").mkdir()
 
     def settings(self, run: str, *more: str) -> list[str]:
-        """The words behind the script: small sizes, everything else as in the script's configuration."""
+        """The words after the script: small sizes, and otherwise the script's configuration."""
         return [
             *OVERRIDES,
             f"data.shards={self.folder / 'shards'}",
@@ -70,8 +70,8 @@ class Runs:
     ) -> str:
         """`sbatch slurm/train_jit_h.sh` on two nodes; returns the job's id.
 
-        Each rank is an interpreter that imports torch twice, for the preflight and for the training. The machine has
-        few cores for them, so that the number of ranks decides how long these tests take.
+        Each rank is an interpreter that imports torch twice, for the preflight and for training. The machine has few
+        cores for them, so the number of ranks determines the duration of these tests.
         """
         return self.cluster.sbatch(
             "--nodes=2",
@@ -124,7 +124,7 @@ def unbroken(runs: Runs) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def time_limited(runs: Runs) -> tuple[str, float]:
-    """A run that needs several time limits of two minutes; submitted first, because it takes the longest."""
+    """A run that needs several time limits of two minutes. It is submitted first, because it takes the longest."""
     job = runs.submit("limited", *STILL, options=("--time=2",), faults=f"{STEADY}3.5")
     return job, time.monotonic()
 
@@ -137,14 +137,14 @@ def check(
     restarts: int | None = None,
     seconds: float = 240,
 ) -> None:
-    """It is complete, with the losses of the run that nothing happened to."""
+    """The job is complete, and its losses equal those of the undisturbed run."""
     cluster = runs.cluster
     state = cluster.wait(job, seconds=seconds)
     log = runs.log(run)
     assert state == "COMPLETED", log[-4000:]
     assert json.loads((runs.folder / run / "complete_train.json").read_text())
     metrics = read_metrics(runs.folder / run)
-    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1)), "every step once"
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1)), "every step appears once"
     found, expected = [line["loss"] for line in metrics], [line["loss"] for line in unbroken]
     assert found == pytest.approx(expected, rel=1e-6)
     if restarts is not None:
@@ -153,7 +153,7 @@ def check(
 
 
 def started(runs: Runs, run: str, steps: int = 8) -> None:
-    """Wait until the run has trained some steps and saved."""
+    """Wait until the run has trained some steps and saved a checkpoint."""
 
     def is_there() -> bool:
         path = runs.folder / run / "metrics.jsonl"

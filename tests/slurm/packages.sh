@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Debian's packages for the tests on a real Slurm; says what it installs. Their services are not started.
+# Installs Debian's packages for the tests on a real Slurm, and prints their names. It starts no services.
 set -euo pipefail
 
 packages=(slurmctld slurmd slurm-client slurmdbd mariadb-server munge iproute2 util-linux)
@@ -13,14 +13,14 @@ if [ "$(id -u)" != 0 ]; then
     exit 2
 fi
 echo "installing ${missing[*]}"
-policy=/usr/sbin/policy-rc.d # with it, Debian starts no service after installing it
+policy=/usr/sbin/policy-rc.d # While this file exists, Debian starts no installed service.
 if [ ! -e "$policy" ]; then
     printf '#!/bin/sh\nexit 101\n' >"$policy"
     chmod 755 "$policy"
     trap 'rm -f "$policy"' EXIT
 fi
 log=$(mktemp)
-apt-get update >"$log" 2>&1 || true # an old list may do
+apt-get update >"$log" 2>&1 || true # An old list of packages may be enough.
 if ! DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install --yes --no-install-recommends \
     "${missing[@]}" >>"$log" 2>&1; then
     cat "$log"

@@ -1,4 +1,4 @@
-"""The headline command ends with its number: a sweep on all ranks, through a requeue, known beforehand to work."""
+"""A job ends with its final number: all ranks sweep, a requeue changes nothing, missing parts are reported first."""
 
 import json
 import shutil
@@ -25,7 +25,10 @@ def blocks(run_dir: Path) -> dict[Path, int]:
 
 
 def test_the_job_ends_with_its_sweep(runs: Runs) -> None:
-    """A requeue in the middle of it; then the same from tools/evaluate_fid.py; and a second job has nothing to do."""
+    """The job is requeued in the middle of its sweep. tools/evaluate_fid.py gives the same result.
+
+    A second job has nothing to do.
+    """
     cluster, run_dir = runs.cluster, runs.folder / "measured"
     job = runs.submit("measured", *EVALUATION)
     whole = SCALES * 160 // 4 + 10
@@ -33,12 +36,12 @@ def test_the_job_ends_with_its_sweep(runs: Runs) -> None:
     cluster.run("scontrol", "requeue", job)
     cluster.wait_for(lambda: int(cluster.job(job)["Restarts"]) == 1, 60, "not requeued")
     before = blocks(run_dir)
-    assert whole // 5 < len(before) < whole, "the requeue came in the middle"
+    assert whole // 5 < len(before) < whole, "the requeue came in the middle of the sweep"
     assert not (run_dir / "result.json").exists()
     assert cluster.wait(job, seconds=240) == "COMPLETED", runs.log("measured")[-4000:]
     after = blocks(run_dir)
     assert len(after) == whole
-    assert {path: after[path] for path in before} == before, "what was there is not made again"
+    assert {path: after[path] for path in before} == before, "finished blocks are not generated again"
     log = runs.log("measured")
     assert f"{SCALES} settings x 160 in a sweep" in log
     assert "of the run's compute" in log
@@ -67,7 +70,7 @@ def test_the_job_ends_with_its_sweep(runs: Runs) -> None:
     assert json.loads((run_dir / "result.json").read_text()) == result
 
 
-def test_what_is_missing_is_said_before_the_first_step(runs: Runs) -> None:
+def test_missing_parts_are_reported_before_the_first_step(runs: Runs) -> None:
     cluster, weights = runs.cluster, runs.folder / "no_weights"
     job = runs.submit(
         "unmeasurable", *EVALUATION, "evaluation.features=inception", f"evaluation.features_dir={weights}"

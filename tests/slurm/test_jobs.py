@@ -1,4 +1,4 @@
-"""`sbatch slurm/train_jit_h.sh` on a real Slurm: whatever happens to it, it ends with the same losses."""
+"""`sbatch slurm/train_jit_h.sh` on a real Slurm: whatever happens to the job, it ends with the same losses."""
 
 import os
 import signal
@@ -18,13 +18,13 @@ RANK = r"jitscale\.train "
 
 
 def other_node(runs: Runs, run: str, job: str) -> str:
-    """The node of the run that does not have its batch script."""
+    """The node of the run that does not run its batch script."""
     host = runs.cluster.job(job)["BatchHost"]
     return next(node for node in runs.cluster.nodes if node != host and runs.cluster.tasks(node, rf"{RANK}.*{run}"))
 
 
 def test_a_run_to_its_end(runs: Runs, time_limited: tuple[str, float]) -> None:
-    """Two tasks a node; the other tests have one."""
+    """There are two tasks on each node; the other tests have one."""
     job = runs.submit("whole", *STILL, tasks_per_node=2)
     check(runs, "whole", job, without_slurm(runs, "unbroken_on_four", 4), restarts=0)
     log = runs.log("whole")
@@ -41,7 +41,7 @@ def test_a_broken_node_is_named_and_avoided(runs: Runs, unbroken: list[dict[str,
             "broken_node", *STILL, f"data.cache_dir={cluster.scratch}", options=(f"--nodelist={','.join(nodes)}",)
         )
         cluster.wait_for(lambda: "excluded: jsnode6" in runs.log("broken_node"), 90, "no node was excluded")
-        # it was asked for by name, so it could not go elsewhere
+        # The node was requested by name, so the job could not go elsewhere.
         cluster.wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", 30, "not back in the queue")
         assert cluster.job(job)["ExcNodeList"] == "jsnode6"
         cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=")
@@ -66,7 +66,7 @@ def test_a_rank_that_is_killed_and_one_that_hangs(runs: Runs, unbroken: list[dic
 
 
 def test_preemption_requeue_and_signals(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
-    """The user's signal, Slurm's requeue, and a job of a higher partition that takes the nodes, one after another."""
+    """The user's signal, Slurm's requeue, and a preemption by a job of a higher partition, one after another."""
     cluster = runs.cluster
     job = runs.submit("asked", *STILL, faults=f"{STEADY}0.5")
     for number, ask in enumerate(
@@ -95,9 +95,9 @@ def preempt(runs: Runs, nodes: str) -> None:
 
 
 def test_a_node_that_dies_and_a_cable_that_is_pulled(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
-    """Under two runs at once, because most of the time goes by until Slurm notices."""
+    """Two runs are tested at once, because most of the time passes until Slurm notices the failure."""
     cluster = runs.cluster
-    apart = ("--cpus-per-task=3",)  # too many for two tasks on one node
+    apart = ("--cpus-per-task=3",)  # Two tasks with so many cores do not fit on one node.
     jobs = {run: runs.submit(run, *STILL, faults=f"{STEADY}0.3", options=apart) for run in ("dead_node", "no_cable")}
     for run in jobs:
         started(runs, run)
@@ -116,7 +116,7 @@ def test_a_node_that_dies_and_a_cable_that_is_pulled(runs: Runs, unbroken: list[
 
 
 def test_mistakes_end_the_job_with_one_line(runs: Runs, cluster: SlurmCluster) -> None:
-    """They are not started again."""
+    """These jobs are not started again."""
     jobs = {
         "optim.leraning_rate=1 is not a setting": runs.submit("mistake_1", "optim.leraning_rate=1"),
         "absent": runs.submit("mistake_2", f"data.shards={runs.folder / 'absent'}"),
@@ -132,7 +132,7 @@ def test_mistakes_end_the_job_with_one_line(runs: Runs, cluster: SlurmCluster) -
     assert "invalid partition" in refused
 
 
-def test_starts_that_lead_nowhere_come_to_an_end(runs: Runs, cluster: SlurmCluster) -> None:
+def test_starts_without_progress_are_limited(runs: Runs, cluster: SlurmCluster) -> None:
     job = runs.submit(
         "nowhere", f"checkpoint.every_images={10**6}", faults=f"kill:step={SAVE_EVERY}:rank=0",
         options=("--export=ALL,JITSCALE_MOST_RETRIES=1",),

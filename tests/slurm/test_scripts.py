@@ -33,7 +33,7 @@ def logs(runs: Runs) -> str:
 
 
 def test_pack_upgrade_finetune_evaluate(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
-    """Images to shards of 32 px, the run of 16 px to that resolution, and its evaluation."""
+    """Pack images to shards of 32 px, upgrade the run of 16 px to that resolution, fine-tune it, and evaluate it."""
     folder, cluster = runs.folder, runs.cluster
     rng = np.random.default_rng(0)
     for label in range(10):
@@ -57,6 +57,6 @@ def test_pack_upgrade_finetune_evaluate(runs: Runs, unbroken: list[dict[str, Any
     words = ["--run", str(folder / "high"), *(f"evaluation.{setting}" for setting in settings)]
     job = submit(runs, *SMALL, "slurm/evaluate.sh", *words)
     assert cluster.wait(job, seconds=120) == "COMPLETED", logs(runs)
-    assert not (folder / "high/result.json").exists(), "the run's own settings ask for another evaluation"
+    assert not (folder / "high/result.json").exists(), "the run's own settings configure another evaluation"
     (result,) = (folder / "high/results").glob("digits_20_*.json")
     assert np.isfinite(json.loads(result.read_text())["fid"])

@@ -1,4 +1,4 @@
-"""tools/submit.py on a real Slurm: a chain, a sweep, a stage that fails."""
+"""tools/submit.py on a real Slurm: a chain, a sweep, and a stage that fails."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def folder(runs: Runs) -> Path:
 
 
 def submit(runs: Runs, folder: Path, run: str, *more: str, tasks_per_node: int = 1) -> list[str]:
-    """Submit; returns the jobs' ids in their order."""
+    """Submit jobs; returns their ids in order."""
     before = {path.name for path in (folder / "submissions/jobs").glob("*.json")}
     tool(
         runs,
@@ -67,13 +67,13 @@ def shards(folder: Path) -> list[str]:
 
 
 def test_a_chain_a_sweep_and_a_failure(runs: Runs, folder: Path) -> None:
-    """All are submitted at once, and looked at when they have ended."""
+    """All jobs are submitted at once, and checked after their end."""
     cluster = runs.cluster
     chain = submit(runs, folder, "chain_16", "--chain=train:16,upgrade:32,train:32,evaluate", *shards(folder))
     rates = ["--set", "optim.lr=1e-3,2e-3", f"data.shards={folder / 'shards_16'}"]
     sweep = submit(runs, folder, "sweep", *rates, tasks_per_node=2)
     failing = submit(runs, folder, "gone_16", "--chain=train:16,upgrade:32,train:32", *shards(folder))
-    (folder / "gone_32").write_text("")  # in the way of the upgrade's output; submit would refuse it
+    (folder / "gone_32").write_text("")  # This file blocks the upgrade's output. submit itself would refuse it.
     assert [len(chain), len(sweep), len(failing)] == [4, 2, 3]
 
     states = {job: cluster.wait(job, seconds=400) for job in (*chain, *sweep, *failing)}

@@ -1,4 +1,4 @@
-"""What several tests use: tiny networks and runs, images and tars, servers, processes, commands."""
+"""Shared helpers: tiny networks and runs, images and tars, servers, processes, commands."""
 
 from pathlib import Path
 

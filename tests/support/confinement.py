@@ -1,4 +1,4 @@
-"""What keeps an attempt of the fuzzer within time, memory and its folders."""
+"""Limits for an attempt of the fuzzer: its time, its memory and its folders."""
 
 import os
 import resource
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-SECONDS = 10.0  # of processor time that one input may take
-PATIENCE = 100.0  # seconds after which an input hangs; other processes may keep the processors busy
-ROOM = 3 * 2**30  # bytes of memory that one input may take besides what the process has
+SECONDS = 10.0  # processor seconds for one input
+PATIENCE = 100.0  # seconds until an input counts as hanging; other processes may keep the processors busy
+ROOM = 3 * 2**30  # bytes of memory for one input, in addition to those of the process
 
 
 class TooSlow(BaseException):
-    """An input has taken its time."""
+    """An input has used up its time."""
 
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Environment, folder, signals and this module's flag of bytecode are afterwards what they were."""
+    """Restore the environment, the folder, the signals and Python's flag about bytecode after the block."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGPROF)
     handlers, here = {number: signal.getsignal(number) for number in numbers}, os.getcwd()
     with mock.patch.dict(os.environ), mock.patch.object(sys, "dont_write_bytecode", True):
@@ -35,7 +35,7 @@ def restored() -> Iterator[None]:
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """At most SECONDS and ROOM for the block."""
+    """The block has at most SECONDS and ROOM."""
 
     def stop(*_: object) -> None:
         raise TooSlow(f"more than {SECONDS:g} s of a processor, or {PATIENCE:g} s")
@@ -55,9 +55,11 @@ def limits() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-_watching: list[Callable[[str, tuple[Any, ...]], None]] = []  # an audit hook stays for ever, so it is one for all
+# An audit hook cannot be removed, so there is one for all attempts.
+_watching: list[Callable[[str, tuple[Any, ...]], None]] = []
 _CHANGES = {"os.mkdir": (1, 2), "os.remove": (1, 1), "os.rmdir": (1, 1), "os.rename": (2, 2), "os.truncate": (1, None)}
-_CHANGES |= {"os.symlink": (2, 2), "os.link": (2, 2), "os.chmod": (1, 2), "os.utime": (1, 3)}  # paths, place of dir_fd
+# the number of paths, and the position of dir_fd
+_CHANGES |= {"os.symlink": (2, 2), "os.link": (2, 2), "os.chmod": (1, 2), "os.utime": (1, 3)}
 
 
 def _hear(event: str, arguments: tuple[Any, ...]) -> None:
@@ -67,7 +69,7 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def watched(allowed: Sequence[Path], touched: list[str]) -> Iterator[None]:
-    """Refuse and note what Python changes outside of `allowed`; no connection leaves this machine."""
+    """Refuse and record all changes by Python outside of `allowed`. No connection leaves this machine."""
     if not hasattr(watched, "installed"):
         sys.addaudithook(_hear)
         watched.installed = True  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""The parameters of JiT as diffusers' open pull request names them, in a class that the real diffusers loads and saves.
+"""JiT's parameters with the names of diffusers' open pull request, in a class that the real diffusers loads and saves.
 
-Written from the table of names alone (head of 2026-06-28), not from our map. It computes nothing.
+The source is the pull request's table of names (head of 2026-06-28), not our own map. The class computes nothing.
 """
 
 import torch
@@ -33,7 +33,7 @@ class _Block(nn.Module):
 
 
 class JiTTransformer2DModel(ModelMixin, ConfigMixin):
-    """Named so because config.json names the class. Its arguments are the keys of transformer/config.json."""
+    """config.json names the class, so it needs this name. Its arguments are the keys of transformer/config.json."""
 
     @register_to_config
     def __init__(

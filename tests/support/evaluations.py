@@ -1,4 +1,4 @@
-"""Evaluations of the authors' tiny network, started as a user starts them."""
+"""Evaluations of the authors' tiny network, started like those of a user."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ run: {max_steps: 1, device: cpu}
 
 
 class Evaluation:
-    """The authors' checkpoint measured against digits of 16 px."""
+    """Evaluations of the authors' checkpoint against digits of 16 px."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

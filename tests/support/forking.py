@@ -1,8 +1,8 @@
-"""Processes of `python COMMAND...` that do not import torch and DeepSpeed anew.
+"""Processes of `python COMMAND...` that need not import torch and DeepSpeed again.
 
-Those imports take a processor nine seconds, and the tests start several hundred ranks. One process imports them, and
-each rank is a fork of it: a process of its own, with its own environment, output, signals and exit code, that runs the
-command as the interpreter would.
+These imports take nine seconds of a processor, and the tests start several hundred ranks. One process imports them,
+and each rank is a fork of it: a process with its own environment, output, signals and exit code. It runs the command
+as the interpreter would.
 
     python -m tests.support.forking SOCKET   (started by `Process`, once for all processes of pytest)
 """
@@ -32,8 +32,9 @@ from typing import NoReturn
 from tests.support import ROOT
 
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tools'}"
-MESSAGE_BYTES = 2**17  # of a request: the command and the environment; a datagram holds no more than about 200 KiB
-# What a run of training imports, at once or on the way. No file of the project whose commands run as `__main__`.
+# the size of a request with the command and the environment; a datagram holds at most about 200 KiB
+MESSAGE_BYTES = 2**17
+# Modules that a training run imports, at once or later. Modules of the project that run as `__main__` are left out.
 WARM = (
     "jitscale.evaluation.requirements",
     "jitscale.training.trainer",
@@ -50,11 +51,11 @@ class Process:
 
     Args:
         command: the interpreter's arguments: `-m MODULE ...`, `-c CODE ...` or `FILE ...`.
-        env: the whole environment; None for this process's.
-        cwd: where it runs.
+        env: the whole environment; None: that of this process.
+        cwd: the working directory.
         start_new_session: the process leads a session of its own.
 
-    `stdout` has its standard output and its standard error.
+    `stdout` gives its standard output and its standard error.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Process:
         environment = {**os.environ, "PYTHONPATH": PYTHONPATH} if env is None else env
         wanted = {"command": self.args, "env": environment, "cwd": str(cwd), "new_session": start_new_session}
         request = json.dumps(wanted).encode()
-        assert len(request) <= MESSAGE_BYTES, "a larger request than a datagram holds"
+        assert len(request) <= MESSAGE_BYTES, "the request is too large for a datagram"
         rights = array.array("i", [theirs.fileno(), write])
         _server().sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         theirs.close()
@@ -81,7 +82,7 @@ class Process:
         self.pid = int(self._line())
 
     def _line(self) -> str:
-        """The next line that the fork's parent says: the process id, then the exit code."""
+        """The next line from the parent of the fork: first the process id, then the exit code."""
         line = b""
         while not line.endswith(b"\n"):
             part = self._status.recv(1)
@@ -97,7 +98,7 @@ class Process:
             return None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end.
+        """Wait until the process ends.
 
         Raises:
             subprocess.TimeoutExpired: it runs after `timeout` seconds.
@@ -111,7 +112,7 @@ class Process:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """What it prints until its end; its children may hold the output longer.
+        """Return its output until its end. Its children may keep the output open longer.
 
         Raises:
             subprocess.TimeoutExpired: it runs after `timeout` seconds.
@@ -127,36 +128,37 @@ class Process:
         return said[0], None
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
+        """Send a signal to the process, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """Ask it to end, with SIGTERM."""
+        """Send SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
 
 @functools.cache
 def _server() -> socket.socket:
-    """The connection to the process that forks. It serves all processes of one pytest, and ends with the last."""
-    address = f"\0jitscale-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"  # no file: abstract
+    """The connection to the process that forks. It serves all processes of one pytest, and ends with the last one."""
+    # The address is abstract, so no file is made.
+    address = f"\0jitscale-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
     log = Path(tempfile.gettempdir(), f"{address[1:]}.log")
     ours, listener = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
     try:
         listener.bind(address)
         listener.listen()
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:  # another process of this pytest has started it
+        if error.errno != errno.EADDRINUSE:  # Another process of this pytest may have started the server.
             raise
     else:
         _start_server(listener, log)
     listener.close()
     for _ in range(100):
-        with contextlib.suppress(ConnectionRefusedError):  # bound, but not listening yet
+        with contextlib.suppress(ConnectionRefusedError):  # The socket may be bound, but not listening yet.
             ours.connect(address)
             break
         time.sleep(0.1)
@@ -182,13 +184,13 @@ def _start_server(listener: socket.socket, log: Path) -> None:
 
 
 def _serve(listener: socket.socket) -> dict[str, object]:
-    """Fork at each request; returns it in the fork."""
+    """Fork at each request. Return the request in the fork."""
     for module in WARM:
         importlib.import_module(module)
     threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, "a fork has only the thread that forks: nothing imported here may start another"
-    gc.freeze()  # collections in a fork leave alone, and so share, what was there before it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks' parents
+    assert len(threads) == 1, "a fork keeps only the thread that forks, so no import may start another thread"
+    gc.freeze()  # Garbage collections in a fork ignore older objects, so their memory stays shared.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # No process waits for the parents of the forks.
     sys.stdout.flush()
     sys.stderr.flush()
     connections: list[socket.socket] = []
@@ -199,7 +201,7 @@ def _serve(listener: socket.socket) -> dict[str, object]:
                 connections[-1].send(b"ready")
                 continue
             data, passed, _, _ = socket.recv_fds(ready, MESSAGE_BYTES, 2)
-            if not data:  # a process of pytest has ended
+            if not data:  # A process of pytest has ended.
                 ready.close()
                 connections.remove(ready)
             elif os.fork() == 0:
@@ -216,13 +218,14 @@ def _serve(listener: socket.socket) -> dict[str, object]:
 
 
 def _fork(status: int, output: int, *, new_session: bool) -> None:
-    """Return in a child with its own output; its parent says its process id and its exit code, and ends."""
+    """Return in a child with its own output. The parent reports the child's process id and exit code, and ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
     if child:
         os.close(output)
         os.write(status, f"{child}\n".encode())
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the child's end is to be said
+        # Ctrl-C in the terminal must not stop the parent: it reports the end of the child.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         _, code = os.waitpid(child, 0)
         os.write(status, f"{os.waitstatus_to_exitcode(code)}\n".encode())
         os._exit(0)
@@ -235,11 +238,11 @@ def _fork(status: int, output: int, *, new_session: bool) -> None:
 
 
 def _run(command: list[str], env: dict[str, str], cwd: str) -> None:
-    """What `python COMMAND...` does with its arguments."""
+    """Run the command as `python COMMAND...` does."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    # The program's folder, then PYTHONPATH, of which this process has the root, from `_server`.
+    # The program's folder comes first, then PYTHONPATH. `_server` has put the root on the path of this process.
     sys.path[:2] = [os.getcwd(), *env.get("PYTHONPATH", "").split(os.pathsep)]
     kind, *rest = command
     if kind == "-m":

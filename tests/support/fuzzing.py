@@ -1,7 +1,7 @@
-"""Hostile inputs for commands, in the process of the test: how each attempt ends, and what it touches.
+"""Hostile inputs for commands, in the process of the test. The fuzzer checks how each attempt ends and what it changes.
 
-The random numbers of an attempt depend on the seed, its kind and its number alone. With JITSCALE_FUZZ_SEED another set
-of inputs is made; JITSCALE_FUZZ_ONLY=KIND:NUMBER repeats one attempt, whose inputs then lie in pytest's folder.
+The random numbers of an attempt depend only on the seed, its kind and its number. JITSCALE_FUZZ_SEED selects another
+set of inputs. JITSCALE_FUZZ_ONLY=KIND:NUMBER repeats one attempt; its inputs then lie in pytest's folder.
 """
 
 import copy
@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-import matplotlib.pyplot  # noqa: F401  # these take long to import, and no input shall count that
+import matplotlib.pyplot  # noqa: F401  # Imported early: the time of an input must not include this import.
 import torch._dynamo  # noqa: F401
 import webdataset  # noqa: F401
 
@@ -61,7 +61,8 @@ TEXTS += [
     "true",
     "off",
 ]
-WRITTEN = {"<deep>": "[" * 20_000 + "]" * 20_000, "<digits>": "9" * 5000}  # what Python itself would not write as JSON
+# These are texts that Python itself would not write as JSON.
+WRITTEN = {"<deep>": "[" * 20_000 + "]" * 20_000, "<digits>": "9" * 5000}
 HOSTILE: list[Any] = [
     *WRITTEN,
     None,
@@ -107,22 +108,22 @@ TOKENS += [
 
 
 class Mutator:
-    """Changes to valid inputs; the first attempt of a kind leaves them as they are."""
+    """Changes valid inputs. The first attempt of a kind leaves its input unchanged."""
 
     def __init__(self, kind: str, number: int) -> None:
         self.random = Random(f"{SEED} {kind} {number}")
         self.active = number > 0
 
     def often(self, share: float = 0.5) -> bool:
-        """Whether to make a change."""
+        """Whether to make a change; true with probability `share`."""
         return self.active and self.random.random() < share
 
     def hostile(self) -> Any:
-        """A value that nobody expects."""
+        """A value that no program expects."""
         return copy.deepcopy(self.random.choice(HOSTILE))
 
     def changed_bytes(self, data: bytes, most: int = 4) -> bytes:
-        """`data` with a few changes: bits, slices, tokens, the end."""
+        """`data` with a few changes: bits, slices, tokens, truncation."""
         if not self.active:
             return data
         random, changed = self.random, bytearray(data)
@@ -147,7 +148,7 @@ class Mutator:
         return bytes(changed)
 
     def tree(self, value: Any) -> Any:
-        """A copy of JSON-like `value` in which one or two entries are others, away, added or renamed."""
+        """A copy of JSON-like `value` in which one or two entries are changed, removed, added or renamed."""
         changed = {"": copy.deepcopy(value)}
         for _ in range(self.random.randint(1, 2) if self.active else 0):
             inside, key = changed, ""
@@ -179,11 +180,11 @@ class Mutator:
         return text.encode()
 
     def text(self) -> str:
-        """A word of a command line or an environment; these hold no zero bytes."""
+        """A word of a command line or of an environment. Such words hold no zero bytes."""
         return str(self.hostile()).replace("\0", "")
 
     def arguments(self, *groups: Sequence[object]) -> list[str]:
-        """A command line of `groups`, each an option with its values; some values are others, away or twice."""
+        """A command line of `groups`, each an option with its values. Some values are changed, missing or repeated."""
         words = [[str(word) for word in group] for group in groups]
         for _ in range(self.random.randint(1, 2) if self.active else 0):
             group = self.random.choice(words)
@@ -203,7 +204,7 @@ class Mutator:
 
 
 class Fuzzer:
-    """Attempts of one test, in a folder of its own."""
+    """The attempts of one test, in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -211,12 +212,13 @@ class Fuzzer:
         self.elsewhere, self.temporary = self.folder / "elsewhere", self.folder / "temporary"
         for made in (self.inputs, self.elsewhere, self.temporary, self.folder / "bin"):
             made.mkdir(parents=True)
-        (self.folder / "bin/tail").symlink_to(shutil.which("tail") or "/usr/bin/tail")  # and no command of Slurm
+        # The folder holds no command of Slurm.
+        (self.folder / "bin/tail").symlink_to(shutil.which("tail") or "/usr/bin/tail")
         self.outcomes: dict[str, Counter[str]] = {}
-        self.faults: dict[str, list[str]] = {}  # what is wrong -> the attempts that met it, the first with details
+        self.faults: dict[str, list[str]] = {}  # fault -> the attempts that found it, the first one with details
 
     def run(self, kind: str, count: int, make: Callable[[Mutator], Command], *, reports: bool = False) -> None:
-        """Make and try `count` inputs of a `kind`; the first one is valid and must end with exit code 0.
+        """Make and try `count` inputs of a `kind`. The first one is valid and must end with exit code 0.
 
         `make` writes into `inputs` and returns what to call; that may write into `output`, which is empty. `reports`:
         exit code 2 may come with a report on stdout instead of an error.
@@ -236,7 +238,7 @@ class Fuzzer:
             shutil.rmtree(self.output, ignore_errors=True)
 
     def attempt(self, command: Command, *, reports: bool = False) -> tuple[int | None, str]:
-        """The exit code of `command`, and what is wrong with how it ended; empty if nothing is."""
+        """Run `command`; returns its exit code and its fault, or an empty text if its end is documented."""
         before, touched = self._snapshot(), []
         out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
         code, fault = None, ""
@@ -260,7 +262,7 @@ class Fuzzer:
         return code, re.sub(r"0x[0-9a-f]{8,}", "0x...", fault)
 
     def finish(self) -> None:
-        """Fail with all that is wrong, each once with the first attempts that met it."""
+        """Fail with all faults, each once, with the first attempts that found it."""
         texts = [f"[{len(met)} x, seed {SEED}] {met[0]}" for met in self.faults.values()]
         assert not texts, f"{len(texts)} kinds of faults\n\n" + "\n\n".join(texts)
 
@@ -277,7 +279,7 @@ class Fuzzer:
 
 
 def tool(name: str, arguments: Sequence[str]) -> Command:
-    """`python tools/NAME.py ARGUMENTS...`, or of a module of the package such as jitscale.train."""
+    """The command `python tools/NAME.py ARGUMENTS...`, or a module of the package such as jitscale.train."""
     main = import_module(name if "." in name else f"tools.{name}").main
 
     def call() -> int:
@@ -288,7 +290,7 @@ def tool(name: str, arguments: Sequence[str]) -> Command:
 
 
 def done(call: Callable[[], object]) -> Command:
-    """A function that is no command, as a command."""
+    """A function as a command."""
 
     def command() -> int:
         call()
@@ -316,9 +318,9 @@ def _judge(code: int | None, said: str, errors: str, *, reports: bool) -> str:
 
 
 def _described(error: BaseException) -> str:
-    """The kind and the place of an error in the project's code, and the last lines of the traceback."""
+    """The kind of an error, its place in the project's code, and the last lines of the traceback."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/tests/" not in frame.filename]
     own = [frame for frame in frames if "/jitscale/" in frame.filename or "/tools/" in frame.filename]
     places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in (*own[-2:], *frames[-1:])]
-    text = re.sub(r"'[^']*'|\d+", "_", str(error))[:160]  # alike for different inputs
+    text = re.sub(r"'[^']*'|\d+", "_", str(error))[:160]  # The text is the same for different inputs.
     return f"{type(error).__name__}: {' '.join(text.split())}  <- {' <- '.join(reversed(places))}"

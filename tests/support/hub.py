@@ -1,4 +1,7 @@
-"""A server that answers as the Hugging Face hub does to `snapshot_download`, for one repository in a folder."""
+"""A server with the interface of the Hugging Face hub for `snapshot_download`.
+
+It serves one repository from a folder.
+"""
 
 import hashlib
 import json
@@ -15,7 +18,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def hub_of(folder: Path, name: str, fetched: list[str], revisions: tuple[str, ...] = ("main",)) -> Iterator[str]:
-    """Serve the files of `folder` as the repository `name`; yields the endpoint, and appends the files it sends."""
+    """Serve the files of `folder` as the repository `name`.
+
+    Yields the endpoint, and appends each sent file to `fetched`.
+    """
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
     class Handler(BaseHTTPRequestHandler):

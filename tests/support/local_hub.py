@@ -1,4 +1,4 @@
-"""A folder of this machine in the place of the Hugging Face hub, as fsspec sees the hub."""
+"""A local folder that replaces the Hugging Face hub behind fsspec."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-FOLDER = "JITSCALE_LOCAL_HUB"  # variable: the folder
-_READ = "JITSCALE_LOCAL_HUB_READ"  # variable: a file that counts the bytes that were read
+FOLDER = "JITSCALE_LOCAL_HUB"  # the variable that names the folder
+_READ = "JITSCALE_LOCAL_HUB_READ"  # the variable that names a file with the numbers of bytes read
 
 
 class LocalHub(DirFileSystem):
@@ -45,9 +45,9 @@ class _Counted:
 
 
 def environment_of(hub: Path, packages: Path) -> dict[str, str]:
-    """Variables with which every process finds the folder `hub` at hf://; `packages` is a folder to fill.
+    """Variables that make every process find the folder `hub` at hf://. The function fills the folder `packages`.
 
-    fsspec reads entry points of installed packages, also in workers.
+    fsspec reads the entry points of installed packages, also in worker processes.
     """
     installed = packages / "local_hub-1.0.dist-info"
     installed.mkdir(parents=True)
@@ -57,5 +57,5 @@ def environment_of(hub: Path, packages: Path) -> dict[str, str]:
 
 
 def bytes_read(packages: Path) -> int:
-    """How many bytes all processes have read."""
+    """The number of bytes that all processes have read."""
     return sum(map(int, (packages / "read").read_text().split()))

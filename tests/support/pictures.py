@@ -1,4 +1,4 @@
-"""Images whose pixels a test knows, in files and in tars."""
+"""Images with known pixels, in files and in tars."""
 
 import io
 import struct
@@ -14,19 +14,19 @@ from jitscale.data.shards import ShardSet
 
 
 def noise(number: int, height: int = 20, width: int = 24) -> npt.NDArray[np.uint8]:
-    """Pixels at random, always the same ones for the same number."""
+    """Random pixels, the same for the same number."""
     return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def numbered(count: int, size: int = 8) -> npt.NDArray[np.uint8]:
-    """Images that say their number: red is number mod 256, green is number div 256."""
+    """Images whose pixels state their number: red is number mod 256, green is number div 256."""
     numbers = np.arange(count)
     pixels = np.stack([numbers % 256, numbers // 256, numbers * 0], axis=-1).astype(np.uint8)
     return np.tile(pixels[:, None, None], (1, size, size, 1))
 
 
 def number_of(image: npt.NDArray[np.uint8]) -> int:
-    """The number that an image of `numbered` says."""
+    """The number that the pixels of a `numbered` image state."""
     return int(image[0, 0, 0]) + 256 * int(image[0, 0, 1])
 
 
@@ -41,7 +41,7 @@ def samples_of(shards: ShardSet) -> list[tuple[int, int]]:
 
 
 def file_bytes(picture: Image.Image | npt.NDArray[np.uint8], form: str = "PNG", **options: object) -> bytes:
-    """The picture as a file of the form that Pillow calls `form`."""
+    """The picture as a file in Pillow's format `form`."""
     stream = io.BytesIO()
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     image.save(stream, form, **options)
@@ -49,7 +49,10 @@ def file_bytes(picture: Image.Image | npt.NDArray[np.uint8], form: str = "PNG", 
 
 
 def png_bytes(depth: int, colours: int, row: bytes, *chunks: tuple[bytes, bytes], width: int) -> bytes:
-    """A PNG of one row of any bit depth and colour type, with `chunks` before its pixels; Pillow writes few of them."""
+    """A PNG of one row with any bit depth and colour type.
+
+    `chunks` come before its pixels; Pillow writes few of them.
+    """
     header = struct.pack(">IIBBBBB", width, 1, depth, colours, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
     written = [
@@ -59,7 +62,7 @@ def png_bytes(depth: int, colours: int, row: bytes, *chunks: tuple[bytes, bytes]
 
 
 def tar_bytes(*members: tuple[str, bytes]) -> bytes:
-    """A tar that another program might have written."""
+    """A tar as another program might write it."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for name, data in members:

@@ -13,7 +13,7 @@ PROGRAMS = ROOT / "tests/distributed/programs"
 
 
 def rank_environments(world_size: int) -> list[dict[str, str]]:
-    """The environment of each rank, as torchrun would set it; one thread each, so that sums are alike."""
+    """The environment of each rank, as torchrun sets it. Each rank has one thread, so that sums are equal."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -23,12 +23,12 @@ def rank_environments(world_size: int) -> list[dict[str, str]]:
 
 
 def start_ranks(world_size: int, *command: str) -> list[Process]:
-    """Start `python COMMAND...` on every rank; stdout and stderr of each go into one pipe."""
+    """Start `python COMMAND...` on every rank. Its stdout and stderr go into one pipe."""
     return [Process(command, env) for env in rank_environments(world_size)]
 
 
 def run_ranks(world_size: int, *command: str, timeout: float = 300, expect: int = 0) -> str:
-    """Run `python COMMAND...` on every rank to its end; returns what rank 0 printed."""
+    """Run `python COMMAND...` on every rank to its end; returns the output of rank 0."""
     ranks = start_ranks(world_size, *command)
     try:
         outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
@@ -41,9 +41,9 @@ def run_ranks(world_size: int, *command: str, timeout: float = 300, expect: int 
 
 
 def leave_after(main: Callable[[], object]) -> None:
-    """Run a program of a rank, and leave past the interpreter's teardown, as the commands of the project do.
+    """Run a program of a rank, and skip the interpreter's teardown, as the commands of the project do.
 
-    There, threads of communication libraries that still run can abort a process whose work is done.
+    During the teardown, running threads of communication libraries can abort a process whose work is done.
     """
     main()
     sys.stdout.flush()
@@ -52,7 +52,7 @@ def leave_after(main: Callable[[], object]) -> None:
 
 
 def group_ended(leader: int, seconds: float = 15.0) -> bool:
-    """Whether all processes of the group of `leader` end in time."""
+    """Whether all processes of the group of `leader` end within `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

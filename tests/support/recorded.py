@@ -1,4 +1,4 @@
-"""What a run has left that jitscale/recorded.py does not know, which docs/reference.md would not tell either."""
+"""Finds metrics and files of a run that jitscale/recorded.py, and therefore docs/reference.md, does not list."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -33,31 +33,31 @@ _WORDS["NAME"] = rf"(?:{_PLAIN})(?:_\d+k?)?"
 
 
 def unknown(keys: Iterable[str], metrics: Sequence[Metric]) -> set[str]:
-    """The keys that are none of `metrics`."""
+    """The keys that match none of `metrics`."""
     known = re.compile("|".join(expression(one.name) for one in metrics))
     return {key for key in keys if not known.fullmatch(key)}
 
 
 def never_logged(keys: Iterable[str], metrics: Sequence[Metric]) -> set[str]:
-    """The names of `metrics` that are none of the keys."""
+    """The names of `metrics` that match none of the keys."""
     found = set(keys)
     return {one.name for one in metrics if not any(re.fullmatch(expression(one.name), key) for key in found)}
 
 
 def files_of(run: Path) -> list[str]:
-    """The files of a run's folder, below it."""
+    """The paths of all files in a run's folder, relative to it."""
     return sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if not path.is_dir())
 
 
 def matching(pattern: str, files: Iterable[str]) -> list[str]:
-    """The files that a glob of FILES means: ** stands for any number of folders."""
+    """The files that match a glob of FILES, where ** matches any number of folders."""
     wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
     known = re.compile(re.sub(r"\*\*/|\*\*?|[^*]+", lambda part: wild.get(part[0]) or re.escape(part[0]), pattern))
     return [file for file in files if known.fullmatch(file)]
 
 
 def check_recorded(run: Path) -> None:
-    """Fail if the run in the folder has logged a number or left a file that has no entry."""
+    """Fail if the run in the folder has logged a number or left a file without an entry."""
     remedy = "is in no list of jitscale/recorded.py: add it and run make docs"
     for lines, metrics in (
         (read_metrics(run), STEP_METRICS),

@@ -1,4 +1,4 @@
-"""A tiny training run, started as a user starts it, and what two such runs have in common."""
+"""A tiny training run, started like that of a user, and helpers to compare two such runs."""
 
 import shutil
 import time
@@ -33,7 +33,7 @@ run: {{max_steps: {STEPS}, device: cpu}}
 
 
 class Job:
-    """One configuration of the tiny run."""
+    """Runs of one tiny configuration, in one folder."""
 
     def __init__(self, folder: Path, channels: int = RGB) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ class Job:
 
     def command(self, run: str, *overrides: str, world_size: int = 2) -> list[str]:
         where = [f"run.dir={self.folder / run}", f"data.shards={self.folder / 'shards'}"]
-        share = ["engine.micro_batch_size=2"] if world_size == 3 else []  # 3 does not divide a rank's share
+        share = ["engine.micro_batch_size=2"] if world_size == 3 else []  # The share of a rank is no multiple of 3.
         return ["-m", "jitscale.train", "--config", str(self.folder / "config.yaml"), *where, *share, *overrides]
 
     def train(self, run: str, *overrides: str, world_size: int = 2, expect: int = 0) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ class Job:
         return read_metrics(self.folder / run)
 
     def copy(self, source: str, target: str, steps: int) -> None:
-        """A run as it was at its checkpoint of `steps`."""
+        """Copy a run in its state at the checkpoint of `steps`."""
         shutil.copytree(self.folder / source, self.folder / target)
         for checkpoint in complete_checkpoints(self.folder / target):
             if int(checkpoint.name.removeprefix("step_")) > steps:
@@ -60,7 +60,7 @@ class Job:
 
 
 def losses(metrics: list[dict[str, Any]]) -> list[float]:
-    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1)), "every step once"
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1)), "every step appears once"
     return [line["loss"] for line in metrics]
 
 
@@ -73,7 +73,7 @@ def same_state(first: Path, second: Path) -> bool:
 
 
 def wait_for_steps(ranks: list[Process], run: Path, steps: int) -> Path:
-    """Wait until the run has logged so many steps; returns its metrics.jsonl."""
+    """Wait until the run has logged this many steps; returns its metrics.jsonl."""
     metrics = run / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
         assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
@@ -82,7 +82,7 @@ def wait_for_steps(ranks: list[Process], run: Path, steps: int) -> Path:
 
 
 def zero_samples(tar: Path, samples: slice) -> int:
-    """Overwrite the images of these samples of a shard with zeros; returns how many."""
+    """Overwrite the images of these samples of a shard with zeros; returns their number."""
     entries = np.load(tar.with_suffix(".index.npy"))[samples]
     with tar.open("r+b") as file:
         for entry in entries:
@@ -92,11 +92,11 @@ def zero_samples(tar: Path, samples: slice) -> int:
 
 
 def write_chain_inputs(folder: Path, *, samples: int, steps: int) -> None:
-    """What tools/submit.py trains at 16 and at 32 px: tiny_SIZE.yaml and shards_SIZE in `folder`.
+    """Write tiny_SIZE.yaml and shards_SIZE to `folder`, for training by tools/submit.py at 16 and at 32 px.
 
     Args:
-        samples: generated images of the evaluation at the end.
-        steps: of each training.
+        samples: number of images that the evaluation at the end generates.
+        steps: number of steps of each training run.
     """
     for size, patch in ((16, 4), (32, 8)):
         (folder / f"tiny_{size}.yaml").write_text(f"""

@@ -1,4 +1,4 @@
-"""HTTP servers: one of a folder, and one that counts its requests and answers them badly when a test says so."""
+"""HTTP servers: one serves a folder, another one counts its requests and fails as a test demands."""
 
 import hashlib
 import threading
@@ -13,12 +13,12 @@ import numpy as np
 
 from jitscale.data.manifest import ShardRecord
 
-PATIENCE = 20  # seconds; a test that waits longer hangs
+PATIENCE = 20  # in seconds; a test that waits longer hangs
 
 
 @contextmanager
 def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Answer requests by `handler`; yields the server's URL."""
+    """Answer requests with `handler`; yields the server's URL."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -27,9 +27,9 @@ def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 @contextmanager
 def serving(folder: Path, fetched: list[str] | None = None, only_with: str = "") -> Iterator[str]:
-    """Serve the files of `folder`; yields the server's URL, and appends the path of each GET to `fetched`.
+    """Serve the files of `folder`. Yields the server's URL, and appends the path of each GET to `fetched`.
 
-    Requests are refused that have `only_with` neither as their Authorization nor at the end of their path.
+    A request is refused if neither its Authorization is `only_with` nor its path ends with `only_with`.
     """
 
     class Handler(SimpleHTTPRequestHandler):
@@ -52,14 +52,14 @@ def serving(folder: Path, fetched: list[str] | None = None, only_with: str = "")
 
 
 class Storage:
-    """An HTTP server that counts, and does what a test tells it to do with the next requests for a path."""
+    """An HTTP server that counts its requests. A test can order how it answers the next requests for a path."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.gets: Counter[str] = Counter()
-        self.orders: dict[str, list[str]] = {}  # path to what to do with its next requests; then they are served
-        self.release = threading.Event()  # ends what "hold" began
-        self.held = threading.Semaphore(0)  # counts responses that stand in the middle of a "hold"
+        self.orders: dict[str, list[str]] = {}  # path -> orders for its next requests; after them, the file is served
+        self.release = threading.Event()  # ends a "hold"
+        self.held = threading.Semaphore(0)  # counts the responses that wait in the middle of a "hold"
         self._lock = threading.Lock()
         storage = self
 
@@ -74,7 +74,7 @@ class Storage:
 
         class Server(ThreadingHTTPServer):
             def handle_error(self, *_: object) -> None:
-                pass  # clients are killed on purpose
+                pass  # Tests kill clients on purpose.
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -117,7 +117,7 @@ class Storage:
         return f"{self.url}/{name}", record_of(name, data)
 
     def shard(self, number: int = 0, size: int = 300_000) -> tuple[str, ShardRecord]:
-        """A shard of incompressible content; `size` bytes."""
+        """A shard of `size` bytes with incompressible content."""
         return self.add(f"shard-{number}.tar", np.random.default_rng([number, size]).bytes(size))
 
 

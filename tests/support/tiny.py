@@ -1,4 +1,4 @@
-"""A network that trains in milliseconds, as a configuration, as overrides and as the words of a YAML file."""
+"""A network that trains in milliseconds, as a configuration, as overrides and as YAML."""
 
 from jitscale.config import ModelConfig
 

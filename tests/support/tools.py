@@ -1,4 +1,4 @@
-"""Commands of tools/ in the process of the test: what a user gets, without a new interpreter and its imports."""
+"""Run commands of tools/ in the process of the test, without a new interpreter and its imports."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from tests.support import ROOT
 
 @dataclass
 class Finished:
-    """How a command ended."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -22,7 +22,7 @@ class Finished:
 
 
 def run_tool(name: str, *arguments: object) -> Finished:
-    """Run `python tools/NAME.py ARGUMENTS...` in the project's root, to the end of the process that it would have."""
+    """Run `python tools/NAME.py ARGUMENTS...` in the project's root, to the point where its process would end."""
     out, err = io.StringIO(), io.StringIO()
     here = os.getcwd()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

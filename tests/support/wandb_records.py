@@ -1,4 +1,4 @@
-"""What W&B has written offline."""
+"""Records that W&B wrote offline."""
 
 import json
 import struct
@@ -10,9 +10,10 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 
 def records(path: Path) -> Iterator[Record]:
-    """What W&B has written offline: after 7 bytes LevelDB's log, blocks of 32 KiB; a record cut short is left out.
+    """The records of an offline file of W&B. A truncated record is left out.
 
-    In a block: crc32 (4 bytes), size (2), kind (1: whole, 2: first, 3: middle, 4: last part), part of a record.
+    After 7 bytes the file is LevelDB's log, in blocks of 32 KiB. A block holds crc32 (4 bytes), size (2), kind (1:
+    whole, 2: first, 3: middle, 4: last part), and a part of a record.
     """
     data = path.read_bytes()
     assert data[:4] == b":W&B"
@@ -31,12 +32,12 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def pairs(items: Any) -> dict[str, Any]:
-    """Keys and values of a history or summary record; a nested key is written with dots."""
+    """The keys and values of a history or summary record. A nested key is written with dots."""
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 def recorded(run_dir: Path) -> tuple[list[str], list[dict[str, Any]], dict[str, Any], Path]:
-    """Ids, history and summary of all of a run's offline records, and the newest one's folder."""
+    """The ids, the history and the summary of all offline records of a run, and the folder of the newest one."""
     ids, history, summary = [], [], {}
     files = _files(run_dir)
     for record in (record for path in files for record in records(path)):

@@ -1,4 +1,4 @@
-"""Weights of tiny networks on disk, and how they are compared and converted."""
+"""Weights of tiny networks on disk, and functions to compare and convert them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ STEPS, SETS = 7, ("model", "ema_0.9")
 
 
 def settings(model: ModelConfig = MODEL, diffusion: DiffusionConfig | None = None, **model_fields: object) -> Config:
-    """A run's configuration, whose samples take two steps."""
+    """The configuration of a run whose samples take two steps."""
     return Config(
         model=replace(model, **model_fields),  # type: ignore[arg-type]
         diffusion=diffusion or DiffusionConfig(noise_scale=2.0, t_eps=0.04, mu=-0.4, sigma=0.9),
@@ -28,7 +28,7 @@ def settings(model: ModelConfig = MODEL, diffusion: DiffusionConfig | None = Non
 
 
 def run_of(folder: Path, config: Config, sets: Sequence[str] = SETS, scale: float = 0.1) -> Path:
-    """A run in `folder` with one checkpoint of small random weights."""
+    """Write a run to `folder` with one checkpoint of small random weights."""
     torch.manual_seed(0)
     shapes, progress = shapes_of(config), Progress(STEPS, 8 * STEPS, STEPS, None)
     write_streamed(
@@ -38,14 +38,14 @@ def run_of(folder: Path, config: Config, sets: Sequence[str] = SETS, scale: floa
 
 
 def convert(source: Path | str, to: str, output: Path, *more: object) -> Path:
-    """`output`, written by tools/convert_checkpoint.py."""
+    """Write `output` with tools/convert_checkpoint.py."""
     arguments = ["--checkpoint", source, "--to", to, "--output", output, *more]
     assert main([str(argument) for argument in arguments]) == 0
     return output
 
 
 def assert_same(found: StoredWeights, expected: StoredWeights, found_set: str, expected_set: str) -> None:
-    """Each tensor bit by bit, and the network and its diffusion."""
+    """Each tensor is bit-equal, and so are the shapes and the diffusion settings."""
     assert found.shapes == expected.shapes
     assert found.config.diffusion == expected.config.diffusion
     for name in expected.shapes:

@@ -1,4 +1,4 @@
-"""The benchmark runs and its numbers are consistent; how large they are is not checked."""
+"""The benchmark runs, and its numbers are consistent. Their size is not checked."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ FOREIGN = ("deepspeed", "omegaconf", "PIL", "wandb", "webdataset", "simplejpeg",
 
 
 def benchmark(*arguments: str, expect: int = 0, without: tuple[str, ...] = ()) -> str:
-    """Run the tool, on a machine that lacks the packages `without`."""
+    """Run the tool as on a machine that lacks the packages `without`."""
     if not without:
         fork = Process(["tools/benchmark.py", *arguments])
         said, _ = fork.communicate(timeout=300)
@@ -33,14 +33,14 @@ def benchmark(*arguments: str, expect: int = 0, without: tuple[str, ...] = ()) -
 
 
 def benchmark_json(*arguments: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The one JSON object that the tool prints, among what else is said."""
+    """The single JSON object among the tool's output."""
     (line,) = [line for line in benchmark(*arguments, "--json", without=without).splitlines() if line.startswith("{")]
     return json.loads(line)
 
 
 @pytest.mark.slow
-def test_rehearsal() -> None:
-    """From photographs to result.json through Inception, with a small network."""
+def test_the_rehearsal_runs_from_photographs_to_its_result() -> None:
+    """The whole way from photographs to result.json, through Inception, with a small network."""
     counts = ["evaluation.num_images=10", "evaluation.sweep_images=10", "evaluation.block_size=10"]
     small = [*OVERRIDES[2:8], "model.num_classes=20", "engine.precision=fp32", "data.num_workers=0", *counts]
     result = benchmark_json("rehearsal", "--images", "20", "--batch", "4", *small)
@@ -70,7 +70,7 @@ def test_step() -> None:
     assert result["engine"] == "ZeRO stage 1"
     assert result["execution"].startswith("attention sdpa (torch ")
     assert result["mfu_of_matmul"] * result["matmul_tflops_per_second"] == pytest.approx(result["tflops_per_second"])
-    # Whether the weights moved: on GPUs that is read two steps later, when nobody waits for it.
+    # The verdict whether the weights moved. On GPUs it is read two steps later, when the host need not wait for it.
     assert result["host_waits"] == {"_local_scalar_dense": 1}
     theirs = result["authors"]
     assert set(theirs["ms"]) == {"forward", "backward", "optimizer", "ema"}
@@ -78,7 +78,7 @@ def test_step() -> None:
 
 
 @pytest.mark.slow
-def test_step_and_sample_need_torch_and_little_more() -> None:
+def test_step_and_sample_run_without_the_foreign_packages() -> None:
     result = benchmark_json("step", "--steps", "1", "--warmup", "1", *OVERRIDES, without=FOREIGN)
     assert result["engine"].startswith("plain torch, since this machine lacks deepspeed, ")
     assert "--engine zero: the trainer needs simplejpeg, which this machine lacks;" in benchmark(
@@ -97,10 +97,11 @@ def test_sample() -> None:
     own |= {"method", "repeats", "compare"}
     assert set(result) == COMMON | ENVIRONMENT | own
     assert 0 < result["network_share"] < 1
-    # 49 Heun steps and one of Euler: 99 velocities. Times 0, 0.02, ... 0.1 lie before the guidance interval: the first
+    # 49 Heun steps and one Euler step need 99 velocities. Times 0, 0.02, ... 0.1 lie before the guidance interval: the
+    # first one counts once, the others twice, as the end of a step and as the start of the next one.
     # counts once, the others twice, as the end of a step and as the beginning of the next.
     assert result["evaluations_per_image"] == 99 + (99 - 11)
-    assert result["network_calls"] == 99, "with and without the class in one batch"
+    assert result["network_calls"] == 99, "one call evaluates with and without the class, in one batch"
     assert result["authors"]["evaluations_per_image"] == result["authors"]["network_calls"] == 2 * 99
     assert result["largest_difference"] < 1e-4
     assert result["images_per_second"] == pytest.approx(2 / result["seconds"])

@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py: every form of the weights into every other, bit by bit."""
+"""tools/convert_checkpoint.py converts every form of the weights into every other one, bit by bit."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ from jitscale.errors import CheckpointError, UserError
 from jitscale.model.jit import JiT
 from tests.support import FILES, ROOT
 from tests.support.tiny import MODEL
-from tools.convert_checkpoint import main
+from tests.support.weights import convert
 
 STEPS = 5
 
@@ -36,15 +36,9 @@ def load(path: Path) -> dict[str, Any]:
         return torch.load(path, weights_only=True)
 
 
-def convert(source: Path, to: str, output: Path, *more: object) -> Path:
-    arguments = ["--checkpoint", source, "--to", to, "--output", output, *more]
-    assert main([str(argument) for argument in arguments]) == 0
-    return output
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """The YAML file of the network in the authors' file."""
+    """The YAML file that describes the network in the authors' file."""
     described = torch.load(FILES / "jit_tiny_euler.reference.pt", weights_only=True)["config"]
     model = {key: value for key, value in described.items() if key in vars(jitscale.config.ModelConfig())}
     settings = {
@@ -60,7 +54,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def authors_file(tmp_path: Path, config: Path) -> Path:
-    """A file of the authors with moments, which the stored one was relieved of."""
+    """The authors' file with moments; the stored file has none."""
     content = load(FILES / "jit_tiny_euler.checkpoint-last.pth")
     parameters = [value for key, value in content["model"].items() if key != "net.pos_embed"]
     vectors = [p for p in parameters if p.ndim == 1]
@@ -102,7 +96,7 @@ def test_the_authors_file_through_a_run_and_back(authors_file: Path, config: Pat
     kept = {key: value for key, value in vars(before["args"]).items() if key in vars(again["args"])}
     named = {key: value for key, value in vars(again["args"]).items() if key in kept}
     differing = {key for key in kept if kept[key] != named[key]}
-    # what the file does not say of the sampler comes from the run's config
+    # The file does not describe the sampler, so its settings come from the run's config.
     assert differing <= {"model", "sampling_method", "num_sampling_steps", "cfg", "interval_min", "interval_max"}
 
 
@@ -195,8 +189,8 @@ def test_refusals(authors_file: Path, config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "more.pth").exists()
 
 
-def test_another_networks_weights_are_not_written_in_any_form(config: Path, tmp_path: Path) -> None:
-    """Each file claims the config's network; what is sound but for prefixes is written."""
+def test_weights_of_another_network_are_refused_in_every_form(config: Path, tmp_path: Path) -> None:
+    """Each file claims to have the config's network. Files whose names only have prefixes are converted."""
     torch.manual_seed(0)
     settings = jitscale.config.load_config(config)
     network = JiT(settings.model, settings.diffusion)
@@ -255,7 +249,9 @@ def test_another_networks_weights_are_not_written_in_any_form(config: Path, tmp_
         {"weights": "exp_avg"},
     ],
 )
-def test_metadata_that_describe_no_network_are_one_line(metadata: dict[str, str], config: Path, tmp_path: Path) -> None:
+def test_metadata_without_a_valid_network_are_a_one_line_error(
+    metadata: dict[str, str], config: Path, tmp_path: Path
+) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "strange.safetensors", metadata=metadata)
     with pytest.raises(UserError) as error:
         open_weights(tmp_path / "strange.safetensors", config)
@@ -264,7 +260,7 @@ def test_metadata_that_describe_no_network_are_one_line(metadata: dict[str, str]
 
 
 def test_wrapped_and_strange_files_of_the_authors(config: Path, tmp_path: Path) -> None:
-    """Prefixes of wrappers are removed wherever they stand; everything else is one line."""
+    """Prefixes of wrappers are removed at any level. All other deviations are a one-line error."""
     content = load(FILES / "jit_tiny_euler.checkpoint-last.pth")
     expected, path, args = (
         open_weights(FILES / "jit_tiny_euler.checkpoint-last.pth", config),
@@ -322,11 +318,11 @@ def test_wrapped_and_strange_files_of_the_authors(config: Path, tmp_path: Path) 
             opened(**changes)
         assert "\n" not in str(error.value)
         assert "weights_only" not in str(error.value)
-        assert "options" not in str(error.value), "torch's advice to execute the file"
+        assert "options" not in str(error.value), "the message must not repeat torch's advice to execute the file"
 
 
 def test_a_number_of_numpy_1_is_read(config: Path, tmp_path: Path) -> None:
-    """numpy 2 writes another module's name than numpy 1, which most of the authors' files come from."""
+    """numpy 2 writes another module name than numpy 1, which wrote most of the authors' files."""
     content = load(FILES / "jit_tiny_euler.checkpoint-last.pth")
     torch.save({**content, "epoch": np.int64(3)}, tmp_path / "new.pth")
     with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
@@ -340,7 +336,7 @@ def test_a_number_of_numpy_1_is_read(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [float("inf"), float("nan"), -5.0, [1.0, 2.0]])
-def test_an_optimizers_step_that_is_none_is_one_line(authors_file: Path, config: Path, step: Any) -> None:
+def test_an_invalid_optimizer_step_is_a_one_line_error(authors_file: Path, config: Path, step: Any) -> None:
     content = load(authors_file)
     content["optimizer"]["state"][0]["step"] = torch.tensor(step)
     torch.save(content, authors_file)
@@ -348,7 +344,7 @@ def test_an_optimizers_step_that_is_none_is_one_line(authors_file: Path, config:
         open_weights(authors_file, config)
 
 
-def test_a_set_that_no_run_has_becomes_its_model_or_is_left_out(
+def test_an_unknown_set_becomes_the_model_or_is_left_out(
     authors_file: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored = open_weights(authors_file, config)
@@ -371,7 +367,7 @@ def test_only_the_papers_network_gets_the_name_of_its_size() -> None:
     assert _arguments(jitscale.config.Config(model=other), [0.9, 0.99]).model == "JiT-12x768/4"
 
 
-def test_an_output_that_cannot_be_written_is_said(authors_file: Path, config: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_reported(authors_file: Path, config: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot be written \("):
         convert(authors_file, "safetensors", tmp_path / "file" / "out", "--config", config)
@@ -387,12 +383,12 @@ def test_an_average_alone_becomes_a_runs_model(authors_file: Path, config: Path,
     for name in run.shapes:
         assert torch.equal(run.tensor("model", name), run.tensor("ema_0.9999", name))
     chosen = convert(authors_file, "run", tmp_path / "chosen", "--config", config, "--weights", "ema_0.9996")
-    assert open_weights(chosen).optimizer_step == 0, "the moments are the model's"
+    assert open_weights(chosen).optimizer_step == 0, "the moments belong to the model"
     with pytest.raises(UserError, match="--ema1 and --ema2"):
         convert(run.path, "authors", tmp_path / "out.pth", "--weights", "model")
 
 
-def test_damage_is_met_before_it_is_exported(authors_file: Path, config: Path, tmp_path: Path) -> None:
+def test_damage_is_found_before_the_export(authors_file: Path, config: Path, tmp_path: Path) -> None:
     run = convert(authors_file, "run", tmp_path / "run", "--config", config)
     step = run / "checkpoints/step_00000000"
     for name in ("rank_00000.safetensors", "config.yaml"):

@@ -1,6 +1,6 @@
-"""What the suite's comparisons notice: CUDA graphs and fused kernels that are wrong, or were not used.
+"""The comparisons of the suite notice CUDA graphs and fused kernels that are wrong or were not used.
 
-On CPUs graphs are emulated, as in tests/model/test_training_graphs.py, and torch's code stands in for fused kernels.
+On CPUs graphs are emulated, as in tests/model/test_training_graphs.py, and torch's code replaces the fused kernels.
 """
 
 import sys
@@ -42,7 +42,7 @@ def wrong(comparisons: list[Comparison]) -> list[str]:
 
 @pytest.fixture
 def graphs(emulated: type[EmulatedGraph], monkeypatch: pytest.MonkeyPatch) -> type[EmulatedGraph]:
-    """Networks that are asked for graphs have emulated ones."""
+    """If a network requests graphs, it gets emulated ones."""
 
     def prepare(model: JiT, engine: EngineConfig, device: torch.device, **more: Any) -> execution.Execution:
         if engine.compile:
@@ -58,7 +58,7 @@ def graphs(emulated: type[EmulatedGraph], monkeypatch: pytest.MonkeyPatch) -> ty
 
     for module in (correct, correct_graphs):
         monkeypatch.setattr(module, "prepare", prepare)
-    # On CPUs the last bits depend on where a tensor lies.
+    # On CPUs the last bits depend on the address of a tensor.
     monkeypatch.setattr(correct_graphs, "same", lambda a, b: correct.distance(a, b) < 0.05)
     cases = [(False, 0.2, 1, 2), (False, 0.0, 0, 1), (True, 0.0, 0, 1)]
     monkeypatch.setattr(correct_graphs, "CASES", cases)
@@ -81,10 +81,10 @@ def test_a_network_in_graphs_is_compared_where_they_are_replayed(
     assert [graph.replays for graph in graphs.made] == [correct.GRAPH_PASSES - 1] * 2 * 3 * 2
 
 
-def test_graphs_that_compute_something_else_are_noticed(
+def test_graphs_with_wrong_results_are_noticed(
     config: Config, graphs: type[EmulatedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph that is replayed once only goes on with the inputs of then."""
+    """Such a graph is replayed only once, so it repeats the outputs of its first inputs."""
     replay = EmulatedGraph.replay
 
     def replay_once(graph: EmulatedGraph) -> None:
@@ -108,7 +108,7 @@ def test_graphs_that_are_not_used_are_noticed(
     assert any(name.endswith("passes of blocks without a graph") for name in names)
 
 
-def test_a_capture_that_fails_is_wrong_and_not_absent(
+def test_a_failed_capture_is_reported_as_wrong(
     config: Config, graphs: type[EmulatedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(graph: EmulatedGraph, pool: object, capture_error_mode: str) -> None:
@@ -118,18 +118,18 @@ def test_a_capture_that_fails_is_wrong_and_not_absent(
     assert "cuda_graphs" in wrong(network_in_graphs(config, monkeypatch))
     found = list(correct_graphs.training(config, CPU, "smoke"))
     assert len(wrong(found)) == 2
-    assert found[-1].note == "what is compiled cannot be emulated", "refused, so that it is not computed"
+    assert found[-1].note == "what is compiled cannot be emulated", "a refused way is not computed"
     assert found[-1].error is None
 
 
-def test_training_in_graphs_is_the_same(config: Config, graphs: type[EmulatedGraph]) -> None:
+def test_training_in_graphs_gives_the_same_results(config: Config, graphs: type[EmulatedGraph]) -> None:
     found = list(correct_graphs.training(config, CPU, "smoke"))
     assert wrong(found) == []
     assert [each.error for each in found] == [0.0] * 4 + [None]
     assert graphs.made[0].replays == correct_graphs.STEPS * 2 - 1
 
 
-def test_training_that_differs_says_whether_it_repeats_itself(
+def test_training_that_differs_reports_whether_it_is_reproducible(
     config: Config, graphs: type[EmulatedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(correct_graphs, "same", lambda a, b: False)
@@ -142,7 +142,7 @@ def test_training_that_differs_says_whether_it_repeats_itself(
 
 
 def kept_by(like: Tensor, seed: Tensor | None, dropout: float) -> Tensor | float:
-    """What inverted dropout multiplies by: a function of the seed."""
+    """The factor of inverted dropout, a function of the seed."""
     if seed is None:
         return 1.0
     draws = torch.Generator().manual_seed(int(seed))
@@ -184,7 +184,7 @@ def add_and_norm(
 
 @pytest.fixture
 def compared(config: Config, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Comparison]]:
-    """What is found of stand-ins for the kernels, some of which are replaced by wrong ones."""
+    """Compares stand-ins for the kernels with torch's code. `replaced` are wrong stand-ins."""
 
     def compare(**replaced: Any) -> list[Comparison]:
         own = {"split_heads": heads, "gated_with_seed": gate, "modulated_norm": norm, "gated_add": add}
@@ -197,7 +197,7 @@ def compared(config: Config, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
     return compare
 
 
-def test_fused_kernels_that_are_right(compared: Callable[..., list[Comparison]]) -> None:
+def test_right_fused_kernels_are_accepted(compared: Callable[..., list[Comparison]]) -> None:
     found = compared()
     assert wrong(found) == []
     names = " ".join(each.name for each in found)
@@ -206,7 +206,7 @@ def test_fused_kernels_that_are_right(compared: Callable[..., list[Comparison]])
 
 
 class RedrawnInBackward(torch.autograd.Function):
-    """A gate whose backward pass drops other elements."""
+    """A gate whose backward pass drops other elements than its forward pass."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
@@ -222,12 +222,12 @@ class RedrawnInBackward(torch.autograd.Function):
             return torch.autograd.grad(y, h, gradient)[0], None, None
 
 
-def test_fused_kernels_that_are_wrong_are_noticed(compared: Callable[..., list[Comparison]]) -> None:
+def test_wrong_fused_kernels_are_noticed(compared: Callable[..., list[Comparison]]) -> None:
     def without_scale(h: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
         return gate(h, seed, dropout) * (1 - dropout)
 
     def zero_where_small(h: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
-        """What a mask of the elements that are not zero would hide."""
+        """An error that a mask of the non-zero elements would hide."""
         y = gate(h, seed, dropout)
         return torch.where(y.abs() < 0.1, 0 * y, y)
 

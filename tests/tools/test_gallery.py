@@ -1,4 +1,4 @@
-"""The page about a run: complete in one file, whatever the run has so far."""
+"""The page about a run is complete in one file, whatever files the run has so far."""
 
 import base64
 import io
@@ -23,11 +23,11 @@ from jitscale.tracking import BEST_SAMPLES, SAMPLES, Tracker
 from tests.support.pictures import numbered
 from tools.gallery import curves, data, main, sweep
 
-MARKER = 'stroke: #0072b2"/>\n    </defs>'  # of a point in the first colour
+MARKER = 'stroke: #0072b2"/>\n    </defs>'  # the marker of a single point in the first colour
 
 
 class Page(HTMLParser):
-    """Counts elements, and remembers what it refers to."""
+    """Counts the elements of a page, and collects its references."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -81,23 +81,25 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert main([str(folder)]) == 0
     text = (folder / "gallery.html").read_text()
     page = Page(text)
-    assert page.tags.count("svg") == 5, "loss, gradient norm, learning rate, FID, IS"
-    assert page.tags.count("img") == 9, "the best ones; 14 pictures, every second one; the sweep"
+    assert page.tags.count("svg") == 5, "the curves are loss, gradient norm, learning rate, FID, IS"
+    assert page.tags.count("img") == 9, "the best samples, every second one of 14 pictures, and the sweep"
     assert "<title>" in text
-    assert "fid 5k" in text, "nobody takes it for FID-50K"
-    assert "2-norm of the whole gradient before clipping" in text, "below its curve"
-    assert "224 images" in text, "the newest"
-    assert all(reference.startswith(("data:", "#")) for reference in page.references), "nothing lies elsewhere"
-    assert "<!-- digits, model, 5,000 images -->" in text, "beside every distance"
+    assert "fid 5k" in text, "the number of images distinguishes it from FID-50K"
+    assert "2-norm of the whole gradient before clipping" in text, "the explanation of a curve stands below it"
+    assert "224 images" in text, "the newest picture is shown"
+    assert all(reference.startswith(("data:", "#")) for reference in page.references), "the page needs no other file"
+    assert "<!-- digits, model, 5,000 images -->" in text, (
+        "the network, the weights and the images stand next to every distance"
+    )
     assert ", ".join(re.findall(r"<td>([^<]*)</td>", text)[i] for i in (1, 2, 5)) == "digits, ema_0.9999, 50,000", (
-        "beside every distance"
+        "the network, the weights and the images stand next to every distance"
     )
     assert {"3.25", "0.5", "50,000", "ema_0.9999", "2"} <= set(re.findall(r"<td>([^<]*)</td>", text))
     assert "a&lt;b" in text
     assert "a<b" not in text
 
 
-def test_several_runs_and_a_run_that_has_nothing_yet(tmp_path: Path) -> None:
+def test_several_runs_and_a_run_without_results(tmp_path: Path) -> None:
     folder, empty = run(tmp_path / "first"), tmp_path / "empty"
     empty.mkdir()
     (empty / "config.yaml").write_text("run: {}\n")
@@ -109,14 +111,17 @@ def test_several_runs_and_a_run_that_has_nothing_yet(tmp_path: Path) -> None:
 
 
 def bare(folder: Path) -> Path:
-    """A run that has written nothing but its settings."""
+    """A run that has written only its settings."""
     folder.mkdir()
     (folder / "config.yaml").write_text("run: {}\n")
     return folder
 
 
 def swept(folder: Path, scales: int) -> list[dict[str, Any]]:
-    """Rows of a sweep in a run's result: every guidance scale, half of them with internal guidance, then the best."""
+    """Write a sweep into a run's result: every guidance scale, half of them with internal guidance, then the best one.
+
+    Returns the rows without the best one.
+    """
     row = {"weights": "ema_0.9", "guidance_interval": [0.1, 1.0], "internal_interval": [0.0, 0.8], "num_images": 100}
     rows = [
         {**row, "guidance_scale": 1 + n / 4, "internal_guidance": 1 + n % 2 / 2, "fid": 9.0 - n, "inception_score": 2.0}
@@ -143,9 +148,9 @@ def test_the_sweep_is_a_table_with_the_best_setting_marked(tmp_path: Path) -> No
     intervals, guidances = ["guidance interval", "internal interval"], ["guidance scale", "internal guidance"]
     assert head == ["weights", guidances[0], intervals[0], guidances[1], intervals[1], "images", "FID", "IS"]
     assert best == ["ema_0.9", "1.75", "0.1:1", "1.5", "0:0.8", "1,000", "2.5", "2"]
-    assert re.findall(r'<tr class="best"[^>]*><td>.*?<td>1,000</td>', text), "the best one alone"
+    assert re.findall(r'<tr class="best"[^>]*><td>.*?<td>1,000</td>', text), "only the best row is marked"
     assert text.count('class="best"') == 1
-    assert [row[6] for row in others] == ["6", "7", "8", "9"], "the smallest distance first"
+    assert [row[6] for row in others] == ["6", "7", "8", "9"], "the smallest distance comes first"
     assert "guidance=1:4:0.25, internal=1,1.5" in text
     assert "<details>" not in text
     swept(folder, 14)
@@ -166,11 +171,11 @@ def test_the_sweep_is_a_table_with_the_best_setting_marked(tmp_path: Path) -> No
     (folder / "result.json").write_text(json.dumps({"table": hostile, "best": HOSTILE}))
     assert "<script" not in sweep(folder)
     (folder / "result.json").write_text(json.dumps({"table": rows[:1], "best": rows[0]}))
-    assert sweep(folder) == "", "one setting is no sweep"
+    assert sweep(folder) == "", "one setting makes no sweep"
 
 
-def test_the_data_is_a_contact_sheet_or_a_word(tmp_path: Path) -> None:
-    """Once for all runs that read the same shards."""
+def test_the_data_is_shown_as_a_contact_sheet_or_a_reason(tmp_path: Path) -> None:
+    """Runs that read the same shards share one contact sheet."""
     write_shards(numbered(40, size=8) + 60, np.arange(40) % 4, tmp_path / "shards_8")
     folders = [bare(tmp_path / name) for name in ("first", "second", "third")]
     for folder in folders[:2]:
@@ -195,8 +200,8 @@ def test_the_data_is_a_contact_sheet_or_a_word(tmp_path: Path) -> None:
 HOSTILE = "<script>alert('seen')</script>"
 
 
-def test_nothing_in_a_runs_files_can_run(tmp_path: Path) -> None:
-    """Scripts in pictures, names and numbers; what is no number is missing."""
+def test_no_script_in_a_runs_files_can_run(tmp_path: Path) -> None:
+    """The files hold scripts in pictures, names and numbers. A value that is not a number is left out."""
     folder = run(tmp_path / "a $x$ & <b>")
     (folder / "sweep.svg").write_text(f"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'>{HOSTILE}</svg>")
     (folder / "config.yaml").write_text(f'evaluation: {{features: "{HOSTILE}"}}\nrun: {HOSTILE}\n')
@@ -212,7 +217,7 @@ def test_nothing_in_a_runs_files_can_run(tmp_path: Path) -> None:
     text = (folder / "gallery.html").read_text()
     page = Page(text)
     assert "script" not in page.tags
-    assert "onload" not in text, "the sweep is an image"
+    assert "onload" not in text, "the sweep is embedded as an image"
     assert text.count("data:image/svg+xml;base64,") == 1
     cells = re.findall(r"<td>([^<]*)</td>", text)
     escaped = "&lt;script&gt;alert(&#x27;seen&#x27;)&lt;/script&gt;"
@@ -220,14 +225,14 @@ def test_nothing_in_a_runs_files_can_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b'"text"'])
-def test_a_result_that_cannot_be_read_is_said(tmp_path: Path, content: bytes) -> None:
+def test_an_unreadable_result_is_reported(tmp_path: Path, content: bytes) -> None:
     folder = bare(tmp_path / "first")
     (folder / "result.json").write_bytes(content)
     assert main([str(folder)]) == 0
     assert "result.json cannot be read: first" in (folder / "gallery.html").read_text()
 
 
-def test_parts_of_another_type_are_missing(tmp_path: Path) -> None:
+def test_parts_of_a_wrong_type_are_left_out(tmp_path: Path) -> None:
     folder = bare(tmp_path / "first")
     (folder / "result.json").write_text(json.dumps({"best": None, "protocol": "inception", "fid": 2.5}))
     assert main([str(folder)]) == 0
@@ -243,7 +248,7 @@ def test_parts_of_another_type_are_missing(tmp_path: Path) -> None:
 
 
 def test_a_single_point_is_drawn(tmp_path: Path) -> None:
-    """A line needs two; the point is a marker, which an SVG of matplotlib uses once."""
+    """A line needs two points. A single point is a marker, which matplotlib's SVG uses once."""
     folder = bare(tmp_path / "first")
     (folder / "evaluations.jsonl").write_text('{"step": 1, "images": 8, "fid_5k": 3.0, "weights": "model"}\n')
     one = curves({"first": folder})
@@ -254,7 +259,7 @@ def test_a_single_point_is_drawn(tmp_path: Path) -> None:
     assert MARKER not in curves({"first": folder})
 
 
-def test_runs_of_one_name_keep_their_curves(tmp_path: Path) -> None:
+def test_runs_with_the_same_name_keep_their_curves(tmp_path: Path) -> None:
     for parent in ("a", "b"):
         (tmp_path / parent).mkdir()
         run(tmp_path / parent / "same")
@@ -263,7 +268,7 @@ def test_runs_of_one_name_keep_their_curves(tmp_path: Path) -> None:
     assert all(f"<!-- {tmp_path / parent / 'same'} -->" in output.read_text() for parent in ("a", "b"))
 
 
-def test_files_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+def test_an_unwritable_file_is_a_one_line_error(tmp_path: Path) -> None:
     folder = run(tmp_path / "first")
     with pytest.raises(UserError, match=r"metrics\.jsonl: .*; see to its permissions and room"):
         main([str(folder), "--output", str(folder / "metrics.jsonl" / "page.html")])
@@ -291,7 +296,7 @@ def test_held_out_losses_are_one_figure_with_a_curve_for_each_set(tmp_path: Path
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
-def test_a_browser_shows_it(tmp_path: Path) -> None:
+def test_a_browser_shows_the_page(tmp_path: Path) -> None:
     folder = run(tmp_path / "first")
     assert main([str(folder)]) == 0
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1400"]
@@ -299,5 +304,5 @@ def test_a_browser_shows_it(tmp_path: Path) -> None:
     subprocess.run([*command, *shot], check=True, capture_output=True, timeout=60)
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
     blue = (np.abs(pixels.astype(int) - (0x00, 0x72, 0xB2)) < 30).all(axis=2)
-    assert blue.sum() > 200, "the curves' colour"
-    assert (pixels < 250).any(axis=2).any(axis=1).mean() > 0.5, "drawn from top to bottom"
+    assert blue.sum() > 200, "the colour of the curves must be visible"
+    assert (pixels < 250).any(axis=2).any(axis=1).mean() > 0.5, "the page must be filled from top to bottom"

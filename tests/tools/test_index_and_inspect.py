@@ -1,4 +1,4 @@
-"""tools/index_shards.py and tools/inspect_shards.py from the command line."""
+"""tools/index_shards.py and tools/inspect_shards.py on the command line."""
 
 import json
 import re
@@ -18,8 +18,8 @@ from tests.support.pictures import numbered_png, write_tar
 NUMBERED = ", ".join(f"{number} {name}" for number, name in enumerate(NAMES))
 
 
-def test_the_tools_from_the_command_line(tmp_path: Path) -> None:
-    """Index, be told that it is done, verify, inspect: with names, in several processes."""
+def test_the_tools_on_the_command_line(tmp_path: Path) -> None:
+    """Index, index again without effect, verify, and inspect: with class names, in several processes."""
     theirs(tmp_path, lambda number: {"cls": NAMES[number % 3]})
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     done = tool("index_shards", tmp_path, "--class-names", tmp_path / "names.txt", "--workers", "2")
@@ -54,14 +54,14 @@ def test_the_tools_from_the_command_line(tmp_path: Path) -> None:
     assert "| classes | 3: cat; dog; bee |" in table
 
 
-def test_members_beside_the_images_are_said(tmp_path: Path) -> None:
+def test_members_next_to_the_images_are_reported(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", ("README.md", b"x"), ("a.png", numbered_png()), ("a.txt", b"x"), ("b.txt", b"x"))
     said = "3 other members ignored (.txt 2, .md 1)\n"
     assert tool("index_shards", tmp_path).stdout.endswith(f"8 x 8 pixels, no labels\n{said}")
     assert said in tool("index_shards", tmp_path, "--verify").stdout
 
 
-def test_many_defects_are_cut_short_on_the_screen(tmp_path: Path) -> None:
+def test_a_long_list_of_defects_is_shortened_on_the_screen(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", *[(f"{number:03d}.png", b"") for number in range(60)])
     tool("index_shards", tmp_path)
     lines = tool("index_shards", tmp_path, "--verify", expect=2).stdout.splitlines()
@@ -83,7 +83,9 @@ def test_many_defects_are_cut_short_on_the_screen(tmp_path: Path) -> None:
         ("s3://bucket/a", "s3://bucket/a: is remote, only local folders are read here; copy them"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, message: str) -> None:
+def test_a_mistake_is_a_one_line_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b", "empty"):
         Path(folder).mkdir()
@@ -103,6 +105,6 @@ def test_a_mistake_ends_a_tool_with_exit_code_2(tmp_path: Path, name: str) -> No
     assert refused.stderr.count("\n") == 1
 
 
-def test_the_tools_do_not_wait_for_torch() -> None:
+def test_the_tools_do_not_import_torch() -> None:
     code = "import sys, index_shards, inspect_shards; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tools", check=True)

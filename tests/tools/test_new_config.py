@@ -1,4 +1,4 @@
-"""tools/new_config.py: from shards to a configuration that trains, or one line."""
+"""tools/new_config.py makes a configuration that trains from shards, or gives a one-line error."""
 
 from pathlib import Path
 
@@ -77,7 +77,9 @@ def test_pictures_of_their_own_sizes(shards: Path, tmp_path: Path) -> None:
         (["--output", "own.txt"], "--output own.txt: must be called .yaml"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(options: list[str], said: str, shards: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_a_one_line_error_and_writes_nothing(
+    options: list[str], said: str, shards: Path, tmp_path: Path
+) -> None:
     refused = run_tool("new_config", "--shards", shards, "--output", tmp_path / "own.yaml", *options)
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)
     assert said in refused.err
@@ -85,7 +87,7 @@ def test_mistakes_are_one_line_and_write_nothing(options: list[str], said: str, 
 
 
 def test_the_file_is_read_as_a_run_reads_it_before_it_is_written(shards: Path, tmp_path: Path) -> None:
-    """A run evaluates this name, and then finds nothing there."""
+    """A run would evaluate this name as an interpolation, and find nothing there."""
     (tmp_path / "odd${model.depth}").symlink_to(shards)
     options = ("--output", tmp_path / "own.yaml", "--device", "cpu")
     refused = run_tool("new_config", "--shards", tmp_path / "odd${model.depth}", *options)
@@ -94,7 +96,7 @@ def test_the_file_is_read_as_a_run_reads_it_before_it_is_written(shards: Path, t
     assert not (tmp_path / "own.yaml").exists()
 
 
-def test_shards_that_do_not_say_what_they_hold(shards: Path, tmp_path: Path) -> None:
+def test_shards_without_facts_about_their_images_are_refused(shards: Path, tmp_path: Path) -> None:
     for file in shards.glob("*.tar"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     refused = run_tool("new_config", "--shards", tmp_path, "--output", tmp_path / "own.yaml")

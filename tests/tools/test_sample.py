@@ -1,4 +1,4 @@
-"""tools/sample.py: the same images by id, whatever is drawn beside them."""
+"""tools/sample.py draws the same image for an id, whatever images are drawn next to it."""
 
 import shutil
 from dataclasses import replace
@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, JiT]:
 
 
 def written(folder: Path, model: ModelConfig) -> tuple[Path, JiT]:
-    """A run whose network is random, and the network."""
+    """A run with a random network, and the network."""
     torch.manual_seed(0)
     network = JiT(model, DiffusionConfig()).eval()
     with torch.no_grad():
@@ -53,24 +53,24 @@ def drawn(run: Path, output: Path, *more: str) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)) for path in output.iterdir()}
 
 
-def test_images_by_id(run: tuple[Path, JiT], tmp_path: Path) -> None:
+def test_an_id_determines_its_image(run: tuple[Path, JiT], tmp_path: Path) -> None:
     folder, network = run
     found = drawn(folder, tmp_path / "a", "--classes", "3", "7", "--per-class", "2", "--batch", "3")
     names = [f"class_{c:04d}_id_{c + 10 * n:08d}.png" for c in (3, 7) for n in (0, 1)]
     assert set(found) == {*names, "grid.png"}
     assert found["grid.png"].shape == (2 * 18, 2 * 18, 3)
     other = drawn(folder, tmp_path / "b", "--classes", "7", "--per-class", "1", "--first", "1", "--batch", "1")
-    assert np.abs(other[names[3]].astype(int) - found[names[3]]).max() <= 1, "up to the rounding of another batch"
-    assert np.abs(found[names[0]].astype(int) - found[names[1]]).max() > 10, "another noise"
+    assert np.abs(other[names[3]].astype(int) - found[names[3]]).max() <= 1, "up to the rounding of another batch size"
+    assert np.abs(found[names[0]].astype(int) - found[names[1]]).max() > 10, "another seed gives another noise"
     evaluation = EvaluationConfig(method="euler", steps=3, guidance_scale=2.0, seed=5)
     sampler = configured_sampler(evaluation, network.diffusion)
     with torch.no_grad():
         measured = to_uint8(generate(network, sampler, [17], 5))[0].permute(1, 2, 0).numpy()
-    assert np.abs(measured.astype(int) - found[names[3]]).max() <= 1, "what an evaluation would measure"
+    assert np.abs(measured.astype(int) - found[names[3]]).max() <= 1, "an evaluation would measure the same images"
 
 
-def test_multistep_internally_guided_on_a_shifted_grid(tmp_path: Path) -> None:
-    """The options are those of the library."""
+def test_multistep_sampling_with_internal_guidance_on_a_shifted_grid(tmp_path: Path) -> None:
+    """The options equal those of the library."""
     folder, network = written(tmp_path / "run", replace(MODEL, middle_head=1))
     options = ["--method", "ab2", "--time-shift", "1.5", "--internal", "1.8", "--internal-interval", "0", "0.7"]
     found = drawn(folder, tmp_path / "a", "--classes", "7", "--per-class", "1", *options)
@@ -129,8 +129,8 @@ def named_classes(folder: Path) -> Config:
     return Config(model=MODEL, data=DataConfig(shards=str(folder)))
 
 
-def test_classes_by_name(tmp_path: Path) -> None:
-    """As the manifest has them; case matters only where it must, and digits are always a number."""
+def test_classes_can_be_named(tmp_path: Path) -> None:
+    """The manifest has the names. Case matters only for ambiguous names, and digits are always a number."""
     config = named_classes(tmp_path / "shards")
     found = class_numbers(["Flags", "flags", "cats", "Tench, Tinca Tinca", "7", "3"], 10, config)
     assert found == [2, 3, 0, 7, 7, 3]
@@ -151,7 +151,7 @@ def test_classes_by_name(tmp_path: Path) -> None:
         class_numbers(["Dogs"], 10, config)
 
 
-def test_mistakes(run: tuple[Path, JiT], tmp_path: Path) -> None:
+def test_mistakes_of_the_sample_command(run: tuple[Path, JiT], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--classes 10: the network has classes 0 to 9"):
         drawn(run[0], tmp_path / "a", "--classes", "10")
     with pytest.raises(UserError, match=r"--interval 0\.5 0\.5: must be two times"):
@@ -164,7 +164,7 @@ def test_mistakes(run: tuple[Path, JiT], tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
 
-def test_cuda_graphs_are_refused_where_there_are_none() -> None:
+def test_cuda_graphs_are_refused_without_a_gpu() -> None:
     config = Config(model=MODEL, evaluation=EvaluationConfig(cuda_graphs=True))
     with pytest.raises(ConfigError, match=r"evaluation\.cuda_graphs=true: cpu has none"):
         ready_to_sample(JiT(MODEL), config, torch.device("cpu"))

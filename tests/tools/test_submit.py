@@ -1,4 +1,4 @@
-"""tools/submit.py: what would be submitted, and what is refused before."""
+"""tools/submit.py: the jobs that it would submit, and the mistakes that it refuses before."""
 
 import json
 import pickle
@@ -57,7 +57,7 @@ def test_settings_make_variants() -> None:
         ("a.b=[0.9,0.99],[0.5]", {"_a.b=[0.9,0.99]": ("a.b=[0.9,0.99]",), "_a.b=[0.5]": ("a.b=[0.5]",)}),
     ],
 )
-def test_values_become_names_of_folders(text: str, expected: dict[str, tuple[str, ...]]) -> None:
+def test_folders_are_named_after_values(text: str, expected: dict[str, tuple[str, ...]]) -> None:
     assert parse_settings([text])[0] == expected
 
 
@@ -72,12 +72,12 @@ def test_values_become_names_of_folders(text: str, expected: dict[str, tuple[str
         (["data.shards=a/b,a b"], r"would both end in _data\.shards=a-b;"),
     ],
 )
-def test_sweeps_without_a_meaning_are_refused(texts: list[str], message: str) -> None:
+def test_impossible_sweeps_are_refused(texts: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_settings(texts)
 
 
-def test_options_of_sbatch() -> None:
+def test_options_are_passed_to_sbatch() -> None:
     given = ["account=vision", "--qos=high", "exclusive", "x11", "mail-type=BEGIN,END", "comment=a=b c"]
     assert parse_options(given) == {
         "account": "vision",
@@ -125,7 +125,7 @@ def test_a_chain_goes_through_resolutions() -> None:
             parse_chain(chain, stage, {})
 
 
-def test_the_dry_run_shows_what_sbatch_would_get(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_dry_run_shows_the_commands_of_sbatch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = [CHAIN, "--nodes=3", "--gpus-per-node=2", "--minutes=30", "--sbatch=account=vision"]
     more += ["--partition=gpu,cpu", "--sbatch", "exclusive", *shards(folder)]
     assert main(words(folder, "--dry-run", *more)) == 0
@@ -153,7 +153,7 @@ def test_the_dry_run_shows_what_sbatch_would_get(folder: Path, capsys: pytest.Ca
     assert not (folder / "submissions").exists()
 
 
-def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
+def test_mistakes_are_refused_before_a_job_is_queued(folder: Path) -> None:
     before = {path.name for path in folder.iterdir()}
     for more, message in (
         (["optim.leraning_rate=1"], r"optim\.leraning_rate=1 is not a setting"),
@@ -205,7 +205,7 @@ def test_mistakes_are_met_before_anything_is_queued(folder: Path) -> None:
         ("train a", None, "error: x", "UNKNOWN", "local_result.pkl: cannot be read (EOFError)"),
     ],
 )
-def test_the_table_shows_texts_as_they_are(
+def test_the_table_shows_texts_unchanged(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -221,7 +221,8 @@ def test_the_table_shows_texts_as_they_are(
     (tmp_path / "jobs").mkdir()
     record = Record("local_x", stage, "train", str(tmp_path / "run"), None, str(output), "2026")
     (tmp_path / "jobs/local_x.json").write_text(json.dumps(vars(record)))
-    monkeypatch.setattr(submit, "PIPE_COLUMNS", 2000)  # a long name of the folder wraps no reason
+    # A long name of the folder must not wrap a reason.
+    monkeypatch.setattr(submit, "PIPE_COLUMNS", 2000)
     assert main(["status", f"--folder={tmp_path}"]) == 0
     _, *cells, _ = (cell.strip() for cell in capsys.readouterr().out.splitlines()[3].split("│"))
     assert cells[:3] == ["local_x", stage, state]
@@ -236,7 +237,7 @@ def test_numbers_are_positive(folder: Path, capsys: pytest.CaptureFixture[str], 
     assert capsys.readouterr().err == f"error: argument {option}: {value!r} is not a positive integer; see --help\n"
 
 
-def test_what_sbatch_refuses_is_one_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_of_sbatch_is_one_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = folder / "bin"
     commands.mkdir()
     refusal = "echo 'error: bad account' >&2; exit 1"
@@ -258,7 +259,7 @@ def test_what_sbatch_refuses_is_one_message(folder: Path, monkeypatch: pytest.Mo
 def test_a_chain_on_this_machine(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Really trained, upgraded and trained on; then a stage that fails ends the chain with its reason."""
+    """Real jobs train, upgrade and train on. Then a stage fails, and the chain ends with the stage's reason."""
     assert main(words(folder, "--local", f"{CHAIN},evaluate", *shards(folder))) == 0
     assert (folder / "runs/tiny_32/complete_train.json").exists()
     assert (folder / "runs/tiny_32/complete_evaluate.json").exists()

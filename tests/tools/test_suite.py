@@ -1,4 +1,4 @@
-"""The suite of benchmarks goes on after every stop, keeps what fails, and runs where our packages are absent."""
+"""The suite of benchmarks resumes after every stop, records failures, and runs without our packages."""
 
 import argparse
 import importlib.util
@@ -26,10 +26,10 @@ from jitscale.errors import ConfigError, UserError
 from jitscale.tracking import check_wandb
 from tests.support import ROOT
 
-# What a machine with torch and CUDA has not, of all that the project needs or knows.
+# Packages that the project needs or supports, but that a machine with torch and CUDA may lack.
 ABSENT = ["deepspeed", "omegaconf", "wandb", "simplejpeg", "webdataset", "braceexpand", "submitit", "torchao"]
 ABSENT += ["flash_attn", "hjson", "pydantic", "moto", "s3fs"]
-# Stands in for tools/benchmark.py: the first word of an item's settings says how it goes.
+# This replaces tools/benchmark.py. The first word of an item's settings selects how the item ends.
 STAND_IN = """
 import json, os, sys, time
 case = sys.argv[-1]
@@ -56,7 +56,7 @@ def options(out: Path, **others: Any) -> Namespace:
 
 @pytest.fixture
 def cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Items that a stand-in runs: change the list to change what there is."""
+    """The items that the stand-in runs. Tests change this list."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     wanted: list[str] = []
 
@@ -72,7 +72,7 @@ def cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return wanted
 
 
-def test_what_fails_is_a_result_and_nothing_is_measured_twice(tmp_path: Path, cases: list[str]) -> None:
+def test_failures_are_recorded_and_no_item_is_measured_twice(tmp_path: Path, cases: list[str]) -> None:
     cases += ["memory", "refused", "killed", "slow", "sound"]
     states = suite.measure(options(tmp_path / "out"))["items"]
     wanted = ["out of memory", "refused", "failed", "too slow", "done"]
@@ -96,21 +96,21 @@ def test_what_fails_is_a_result_and_nothing_is_measured_twice(tmp_path: Path, ca
     assert set(again) == set(kept)
 
 
-def test_an_item_that_does_not_fit_is_left_for_the_next_call(tmp_path: Path, cases: list[str]) -> None:
+def test_an_item_without_enough_time_is_left_for_the_next_call(tmp_path: Path, cases: list[str]) -> None:
     cases += ["sound", "other"]
     seconds = suite.SPARE_SECONDS + 10.0
     short = options(tmp_path / "out", minutes=seconds / 60)
-    suite.chosen = lambda parts: [  # type: ignore[assignment]  # of the fixture's monkeypatch, which restores it
+    suite.chosen = lambda parts: [  # type: ignore[assignment]  # The fixture's monkeypatch restores it.
         Item("first", "step", "sound", (), seconds=2),
         Item("long", "step", "sound", (), seconds=100),
     ]
     assert suite.measure(short)["items"] == {"first": "done", "long": "later"}
-    # The next call begins with it, though it is estimated at more than the call has.
+    # The next call starts with it, although its estimate is longer than the call.
     assert suite.measure(short)["items"] == {"first": "done", "long": "done"}
 
 
-def test_a_stop_ends_the_item_and_loses_nothing(tmp_path: Path) -> None:
-    """SIGTERM in the middle of the second item."""
+def test_a_stop_ends_the_item_and_loses_no_result(tmp_path: Path) -> None:
+    """SIGTERM arrives in the middle of the second item."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     program = f"""
 import sys
@@ -149,10 +149,10 @@ def test_wheels_are_installed_for_the_items(tmp_path: Path, cases: list[str]) ->
     cases.append("sound")
     suite.measure(options(tmp_path / "out", wheels=wheels))
     assert suite.read_results(tmp_path / "out")["item-sound"]["result"]["images_per_second"] == 7
-    assert importlib.util.find_spec("carried") is None, "the path of this process is as before"
+    assert importlib.util.find_spec("carried") is None, "the path of this process is unchanged"
 
 
-def test_wheels_that_are_none_are_refused(tmp_path: Path, cases: list[str]) -> None:
+def test_invalid_wheels_are_refused(tmp_path: Path, cases: list[str]) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     with pytest.raises(UserError, match=r"no \*\.whl there"):
@@ -213,7 +213,7 @@ def test_damaged_results_are_refused(tmp_path: Path, held: Any, fault: str) -> N
             read()
 
 
-def test_results_of_another_version_are_no_traceback(tmp_path: Path) -> None:
+def test_results_of_another_version_are_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"items": {"step-h-64": RECORD}}))
     with pytest.raises(
         UserError, match=r"results.json: a result there lacks what the tables need \(KeyError: 'engine'"
@@ -236,7 +236,7 @@ def test_an_output_that_is_a_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("minutes", ["0", "-3", "0.1", "nan", "inf", "x"])
-def test_minutes_in_which_nothing_could_run_are_refused(minutes: str) -> None:
+def test_too_few_minutes_are_refused(minutes: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=f"'{minutes}' is no number of minutes from 0.5 on"):
         benchmark._minutes(minutes)
     assert benchmark._minutes("0.5") == 0.5
@@ -252,7 +252,7 @@ def test_an_unknown_part_is_refused_in_one_line() -> None:
     assert benchmark._part("step-h-64") == "step-h-64"
 
 
-def test_items_are_named_once_and_know_their_part() -> None:
+def test_items_have_unique_names_and_a_part() -> None:
     listed = items()
     assert len({item.name for item in listed}) == len(listed)
     assert {item.part for item in listed} == set(PARTS)
@@ -270,7 +270,7 @@ def test_items_are_named_once_and_know_their_part() -> None:
 
 
 def test_each_item_measures_something_of_its_own() -> None:
-    """A switch is no default of a GPU, and what it is compared with is measured too."""
+    """A changed setting is no default on a GPU, and the item that it is compared with is measured too."""
     listed = {item.name: item for item in items()}
     defaults = {"engine.cuda_graphs=true", "engine.compile=true", "engine.align=true", "engine.fused_kernels=triton"}
     for item in listed.values():
@@ -281,13 +281,15 @@ def test_each_item_measures_something_of_its_own() -> None:
     assert len(measured) == len(listed)
     for name in ("step-b-64", "step-h-16", "step-h-64"):
         assert listed[f"{name}-graphs-off"].settings == ("engine.cuda_graphs=false",)
-    assert listed["profile-h-64"].settings == ("engine.cuda_graphs=false",), "or sizes of kernels would not be known"
+    assert listed["profile-h-64"].settings == ("engine.cuda_graphs=false",), (
+        "with graphs, the sizes of kernels would be unknown"
+    )
     assert listed["step-h-64-plain"].changes == ("--engine plain",)
-    assert "simplejpeg" in listed["step-h-64-stage-2"].packages, "or plain torch would be measured as stage 2"
+    assert "simplejpeg" in listed["step-h-64-stage-2"].packages, "without it, plain torch would be measured as stage 2"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("jit_*.yaml")), ids=lambda path: path.stem)
-def test_a_configuration_without_omegaconf_is_the_same(path: Path) -> None:
+def test_a_configuration_is_the_same_without_omegaconf(path: Path) -> None:
     overrides = [
         "engine.align=null",
         "optim.lr=1e-4",
@@ -309,14 +311,14 @@ def test_a_configuration_without_omegaconf_is_the_same(path: Path) -> None:
         *("optim.lr=true", "optim.lr=1:30", "ema.decays=0.9", "ema.decays=[0.9,true]", "evaluation.more_features=x"),
     ],
 )
-def test_a_value_of_another_type_is_refused_without_omegaconf_too(override: str) -> None:
+def test_a_value_of_a_wrong_type_is_refused_without_omegaconf_too(override: str) -> None:
     path = ROOT / "configs/jit_b_256.yaml"
     for read in (bare_config, load_config):
         with pytest.raises(ConfigError, match=rf"{override.partition('=')[0]}=.* (has the wrong type|is|cannot)"):
             read(path, [override, "run.max_steps=3"])
 
 
-def test_values_are_read_alike_without_omegaconf() -> None:
+def test_values_are_read_the_same_way_without_omegaconf() -> None:
     path = ROOT / "configs/jit_b_256.yaml"
     sound = ["engine.align=1", "engine.compile=off", "data.batch_size=1_000", "optim.lr=1e-04", "data.held_out=0.1"]
     sound += ["evaluation.sweep=[guidance=2:3:0.2]", "engine.cuda_graphs=null", "run.max_steps=3"]
@@ -325,13 +327,13 @@ def test_values_are_read_alike_without_omegaconf() -> None:
         bare_config(path, ["run.dir=${oc.env:HOME}"])
 
 
-def test_only_who_records_there_needs_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_runs_that_record_in_wandb_need_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     check_wandb(Config(tracking=TrackingConfig(wandb="off")))
     for mode in ("online", "offline"):
         with pytest.raises(ConfigError, match=f"tracking.wandb={mode}: the package wandb is not installed"):
             check_wandb(Config(tracking=TrackingConfig(wandb=mode)))
-    # The trainer and all that it imports, in a process that has imported nothing yet.
+    # Import the trainer and all its modules, in a process that has imported nothing yet.
     program = "import sys; sys.modules.update(wandb=None, submitit=None); import jitscale.train"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
@@ -367,14 +369,14 @@ def test_a_trace_gives_the_work_of_kernels() -> None:
     assert trace.busy_ms(kernels) == pytest.approx((1150 - 10 + 100) / 1e3)
     assert trace.overlap_ms(kernels[3:], kernels[:3]) == pytest.approx(0.05)
     kinds = trace.by_kind(kernels)
-    assert list(kinds)[:2] == ["matrix products", "fused by Inductor, or Triton"], "the longest first"
+    assert list(kinds)[:2] == ["matrix products", "fused by Inductor, or Triton"], "the longest kind comes first"
     assert set(kinds) == {"matrix products", "fused by Inductor, or Triton", "NCCL", "attention"}
     assert kinds["matrix products"]["gflop"] == pytest.approx(96 / 1e9)
     assert trace.by_name(kernels)[0]["name"] == "nvjet_hsh"
 
 
 def run_suite(folder: Path, *parts: str, absent: list[str]) -> dict[str, Any]:
-    """What `suite` with tiny sizes finds where the modules `absent` cannot be imported."""
+    """The records of `suite` at tiny sizes, in an environment where the modules `absent` cannot be imported."""
     (folder / "site").mkdir()
     (folder / "site/sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n")
     path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -386,7 +388,7 @@ def run_suite(folder: Path, *parts: str, absent: list[str]) -> dict[str, Any]:
     return json.loads((folder / "out/results.json").read_text())["items"]
 
 
-def test_the_suite_where_our_packages_are_absent(tmp_path: Path) -> None:
+def test_the_suite_runs_without_our_packages(tmp_path: Path) -> None:
     found = run_suite(tmp_path, "correct-norms", "profile-h-64", "step-h-64-attention-flash-attn", absent=ABSENT)
     assert {name: record["status"] for name, record in found.items()} == {
         "profile-h-64": "done",
@@ -402,7 +404,7 @@ def test_the_suite_where_our_packages_are_absent(tmp_path: Path) -> None:
     assert "| step-h-64-attention-flash-attn | refused | engine.attention=flash-attn does not work here" in said
 
 
-ON_GPUS_ONLY = {"graphs", "bf16", "flash", "cudnn"}  # in the names of items that are refused on a CPU
+ON_GPUS_ONLY = {"graphs", "bf16", "flash", "cudnn"}  # Items with these words in their names are refused on a CPU.
 
 
 @pytest.mark.slow

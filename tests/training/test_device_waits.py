@@ -1,4 +1,4 @@
-"""What stands in for the waits of DeepSpeed: the same numbers, and the same order on the device."""
+"""The replacements for DeepSpeed's waits give the same numbers and keep the same order on the device."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def gradients() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("norm", [gradient_norm, whole_gradient_norm])
-def test_the_norm_is_that_of_all_gradients(norm: Callable[..., torch.Tensor]) -> None:
+def test_the_norm_covers_all_gradients(norm: Callable[..., torch.Tensor]) -> None:
     found = norm(CPU, gradients())
     assert found == pytest.approx(float(torch.cat([g.flatten() for g in gradients()]).double().norm()), rel=1e-6)
     assert found.dtype == torch.float32
@@ -36,7 +36,7 @@ def test_the_norm_is_that_of_all_gradients(norm: Callable[..., torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("largest", [0.5, 1e6])
-def test_clipping_is_torchs(largest: float) -> None:
+def test_clipping_equals_torchs(largest: float) -> None:
     parameters = [torch.zeros_like(gradient) for gradient in gradients()]
     for parameter, gradient in zip(parameters, gradients(), strict=True):
         parameter.grad = gradient
@@ -51,7 +51,7 @@ class Base:
     inherited = 1
 
 
-def test_what_was_replaced_comes_back() -> None:
+def test_replaced_attributes_are_restored() -> None:
     thing: Any = Base()
     thing.own = 2
 
@@ -66,8 +66,11 @@ def test_what_was_replaced_comes_back() -> None:
     assert thing.inherited == 1
 
 
-def test_the_current_stream_waits_in_the_place_of_the_host() -> None:
-    """Where DeepSpeed has reduced all and does not yet read what came out; elsewhere the stream can be synchronised."""
+def test_the_current_stream_waits_instead_of_the_host() -> None:
+    """This happens where DeepSpeed has reduced everything and has not read the results.
+
+    Elsewhere the stream can be synchronised.
+    """
     done: list[Any] = []
 
     class Stream:

@@ -1,4 +1,4 @@
-"""Averages as the engine updates them: warm-up, power functions, skipped steps. Every rank runs the same code."""
+"""The engine's updates of averages: warm-up, power functions, skipped steps. Every rank runs the same code."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from jitscale.training.ema import ShardedEma
 
 
 def averages(settings: EmaConfig, weights: list[float]) -> dict[str, list[float]]:
-    """All averages of a scalar that takes these values, after each step of 8 images."""
+    """The averages of a scalar with these values, after each step of 8 images."""
     ema = ShardedEma(settings, [torch.zeros(1)])
     found: dict[str, list[float]] = {name: [] for name in ema.sets}
     for step, weight in enumerate(weights, 1):
@@ -21,7 +21,10 @@ def averages(settings: EmaConfig, weights: list[float]) -> dict[str, list[float]
 
 
 def test_warm_up_is_min_of_decay_and_1_plus_step_over_10_plus_step() -> None:
-    """Decays 2/11, 3/12, 4/13 ... until the decay itself: here from step 80 on, where (1 + 80) / (10 + 80) = 0.9."""
+    """The decays are 2/11, 3/12, 4/13, ...
+
+    They reach the configured decay at step 80, where (1 + 80) / (10 + 80) = 0.9.
+    """
     warm = averages(EmaConfig(decays=[0.9], warmup=True), [1.0] * 120)["ema_0.9"]
     expected, left = [], 1.0
     for step in range(1, 121):
@@ -30,7 +33,7 @@ def test_warm_up_is_min_of_decay_and_1_plus_step_over_10_plus_step() -> None:
     assert warm == pytest.approx(expected, rel=1e-6)
     assert warm[0] == pytest.approx(9 / 11)
     late = averages(EmaConfig(decays=[0.1], warmup=True), [1.0])["ema_0.1"]
-    assert late == pytest.approx([0.9]), "the decay is a limit from the first step on"
+    assert late == pytest.approx([0.9]), "the configured decay is the limit from the first step on"
 
 
 def test_without_warm_up_the_decay_is_fixed() -> None:
@@ -39,11 +42,11 @@ def test_without_warm_up_the_decay_is_fixed() -> None:
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
-def test_every_image_weighs_as_the_power_function_says(width: float) -> None:
-    """Weights that are one-hot in the step make the average its own profile; the batch size changes on the way.
+def test_the_weight_of_every_image_follows_the_power_function(width: float) -> None:
+    """The weights are one-hot in the step, so the average is its own profile. The batch size changes on the way.
 
-    The exact weight of a step is the profile's integral over its images, and the profile has the standard deviation
-    that the width promises.
+    The exact weight of a step is the integral of the profile over its images. The profile has the standard deviation
+    that the width defines.
     """
     batches = [4] * 300 + [12] * 300
     ends = np.cumsum(batches)
@@ -58,8 +61,8 @@ def test_every_image_weighs_as_the_power_function_says(width: float) -> None:
     assert np.sqrt(np.sum(found * (middles - mean) ** 2)) == pytest.approx(width, rel=3e-4)
 
 
-def test_a_skipped_step_counts_for_power_functions_only() -> None:
-    """Its images were seen with the weights as they stayed; fixed decays count moves."""
+def test_a_skipped_step_updates_power_functions_only() -> None:
+    """Its images were seen, and the weights did not change. Fixed decays count only steps that move the weights."""
     settings = EmaConfig(decays=[0.5], power_widths=[0.1])
     ema = ShardedEma(settings, [torch.zeros(2)])
     values = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
@@ -70,7 +73,7 @@ def test_a_skipped_step_counts_for_power_functions_only() -> None:
     assert ema.sets["power_0.100"][0].tolist() == pytest.approx([first, 1 - first])
 
 
-def test_what_an_average_started_from_is_forgotten_in_the_first_step() -> None:
+def test_the_first_step_replaces_the_initial_values() -> None:
     found = averages(EmaConfig(decays=[], power_widths=[0.05, 0.1]), [3.0, 3.0])
     assert found == {"power_0.050": [3.0, 3.0], "power_0.100": [3.0, 3.0]}
 

@@ -1,4 +1,4 @@
-"""The values of the held-out loss, and what ranks and bad images do to it."""
+"""The values of the held-out loss, and the effects of ranks and bad images."""
 
 from pathlib import Path
 
@@ -25,12 +25,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fewer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The samples below 100 alone."""
+    """Shards with only the samples below 100."""
     return write(tmp_path_factory.mktemp("held") / "fewer", list(range(100)), 35)
 
 
 def network_of(config: Config, seed: int) -> JiT:
-    """A network whose prediction depends on everything; JiT's own initialisation predicts zeros."""
+    """A network whose prediction depends on all inputs. JiT's own initialisation predicts zeros."""
     torch.manual_seed(seed)
     network = JiT(config.model, config.diffusion)
     for parameter in network.parameters():
@@ -49,8 +49,8 @@ def small(shards: Path, held_out: str) -> Config:
 
 
 @pytest.mark.parametrize("space", ["v", "x"])
-def test_the_values_are_those_of_the_formula(folder: Path, space: str) -> None:
-    """Sample by sample: z = t x + (1 - t) e, x-prediction, squared error in the space of the loss."""
+def test_the_values_follow_the_formula(folder: Path, space: str) -> None:
+    """The formula, sample by sample: z = t x + (1 - t) e, x-prediction, squared error in the space of the loss."""
     config = small(folder, "0.1")
     config.diffusion.loss = space
     shards = open_training_shards(config)
@@ -60,7 +60,7 @@ def test_the_values_are_those_of_the_formula(folder: Path, space: str) -> None:
     before = torch.random.get_rng_state()
     held_out = HeldOutLoss(config, CPU, shards.held_out)
     found = {key: value for name in networks for key, value in held_out.measure(networks[name], name).items()}
-    assert torch.equal(torch.random.get_rng_state(), before), "training draws what it would have drawn"
+    assert torch.equal(torch.random.get_rng_state(), before), "the random state of training is unchanged"
     numbers = members(shards.held_out)
     assert len(numbers) % config.evaluation.block_size, "the last block is not full"
     assert TIMES == (0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375)
@@ -70,7 +70,7 @@ def test_the_values_are_those_of_the_formula(folder: Path, space: str) -> None:
             losses = []
             for sample, number in enumerate(numbers):
                 x = torch.full((1, 3, 4, 4), number / 127.5 - 1)
-                x[..., -1] += 1 / 127.5  # where a flip would not leave it
+                x[..., -1] += 1 / 127.5  # A flip would move this column.
                 seed = int(generator_seeds(3, Purpose.HELD_OUT_NOISE, sample, index)[0])
                 e = 1.5 * torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
                 z = t * x + (1 - t) * e
@@ -85,13 +85,13 @@ def test_the_values_are_those_of_the_formula(folder: Path, space: str) -> None:
     assert found["held_out/model"] != found["held_out/ema_0.9"]
 
 
-class Gathered(Exception):  # noqa: N818  # no error: it carries what one rank has
-    """Raised in the place of the collective call."""
+class Gathered(Exception):  # noqa: N818  # It is not an error: it carries the data of one rank.
+    """Replaces the collective call and carries the data of one rank."""
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_put_their_blocks_together_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
-    """Real ranks are in tests/distributed: a mean alone would hardly tell another order."""
+def test_the_blocks_of_ranks_are_joined_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """tests/distributed uses real ranks, but its mean would hardly show a wrong order."""
     config = small(folder, "0.2")
     held_out = open_training_shards(config).held_out
     assert held_out is not None
@@ -115,10 +115,10 @@ def test_ranks_put_their_blocks_together_in_order(folder: Path, monkeypatch: pyt
     np.testing.assert_array_equal(together, alone)
 
 
-def test_bad_held_out_images_are_left_out_counted_and_said_once(
+def test_bad_held_out_images_are_left_out_counted_and_reported_once(
     fewer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The others keep their noise and their losses; nothing left is an error."""
+    """The other images keep their noise and losses. If no image is left, that is an error."""
     png = write(tmp_path / "png", list(range(100, COUNT)), 20, codec="png")
     config = small(fewer, str(png))
     network = network_of(config, 0)

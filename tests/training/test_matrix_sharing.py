@@ -1,4 +1,4 @@
-"""Matrices shared over ranks: balanced, and each computed whole by one rank. Ranks are threads here."""
+"""Matrices shared over ranks: the work is balanced, and one rank computes each whole matrix. Ranks are threads here."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ SHAPES = {"a": (4, 6), "b": (7, 3), "c": (5, 5), "d": (2, 9)}
 
 
 def cut(ranks: int) -> list[list[Fragment]]:
-    """The concatenation of all matrices in `ranks` equal shards, as ZeRO cuts it."""
+    """Cut the concatenation of all matrices into `ranks` equal shards, as ZeRO does."""
     share = -(-sum(map(prod, SHAPES.values())) // ranks)
     fragments: list[list[Fragment]] = [[] for _ in range(ranks)]
     position = 0
@@ -33,8 +33,11 @@ def cut(ranks: int) -> list[list[Fragment]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_each_matrix_is_computed_whole_by_one_rank(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With pieces on several ranks, and ranks that own none; two exchanges a step, of no more than the shards."""
+def test_one_rank_computes_each_whole_matrix(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some matrices lie on several ranks, and some ranks own none.
+
+    A step has two exchanges, no larger than the shards.
+    """
     fragments, meeting, me = cut(ranks), threading.Barrier(ranks), threading.local()
     mail: dict[tuple[int, int], torch.Tensor] = {}
     moved = [0] * ranks
@@ -58,7 +61,7 @@ def test_each_matrix_is_computed_whole_by_one_rank(ranks: int, monkeypatch: pyte
 
     def transform(matrix: torch.Tensor) -> torch.Tensor:
         computed.append(tuple(matrix.shape))
-        return matrix / matrix.norm()  # depends on every element
+        return matrix / matrix.norm()  # The result depends on every element.
 
     def run(rank: int) -> None:
         me.rank = rank
@@ -80,8 +83,8 @@ def test_each_matrix_is_computed_whole_by_one_rank(ranks: int, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("ranks", "most"), [(24, 1.02), (48, 1.08), (64, 1.06)])
-def test_ranks_compute_about_equally_long(ranks: int, most: float) -> None:
-    """The matrices of JiT-H: the rank with most to do, to the mean."""
+def test_the_work_of_ranks_is_balanced(ranks: int, most: float) -> None:
+    """For the matrices of JiT-H: the largest load divided by the mean load."""
     model = ModelConfig(hidden_size=1280, depth=32, num_heads=16, bottleneck_dim=256)
     shapes = {
         name: shape for name, shape in parameter_shapes(model).items() if len(shape) == 2 and name.startswith("blocks.")
@@ -92,8 +95,8 @@ def test_ranks_compute_about_equally_long(ranks: int, most: float) -> None:
     assert max(loads) < most * sum(loads) / ranks
 
 
-def test_costs_are_the_products_of_the_iterations() -> None:
-    """Whichever side is longer."""
+def test_costs_count_the_products_of_the_iterations() -> None:
+    """The longer side does not matter."""
     assert (
         orthogonalize_flops((3, 5))
         == orthogonalize_flops((5, 3))

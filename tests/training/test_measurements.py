@@ -1,4 +1,4 @@
-"""What measurements while training leave on the device."""
+"""Memory that measurements while training leave on the device."""
 
 import gc
 import weakref
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class WholeNetwork:
-    """The methods of an engine that a measurement calls; it holds a network whole, and makes its weights anew."""
+    """The methods of an engine that a measurement calls. It holds a whole network, and makes its weights again."""
 
     def masters(self) -> list[torch.Tensor]:
         return []
@@ -49,7 +49,7 @@ class Lines:
 
 
 def test_the_guide_is_on_the_device_only_while_it_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each measurement has a copy of its own, ready to sample, and the run keeps none, however a measurement ends."""
+    """Each measurement makes a copy that is ready to sample. However it ends, the run keeps no copy."""
     config = Config(model=MODEL, engine=EngineConfig(precision="fp32"), evaluation=EvaluationConfig(weights="model"))
     config.run.dir = str(tmp_path)
     world, guide = World(0, 1, 0, CPU), JiT(MODEL).eval()
@@ -61,7 +61,7 @@ def test_the_guide_is_on_the_device_only_while_it_is_needed(monkeypatch: pytest.
         assert self.guide is not None
         assert self.guide is not guide
         assert not self.guide.training
-        copies.append(weakref.ref(self.guide.blocks[0]))  # blocks, which are prepared, refer to themselves
+        copies.append(weakref.ref(self.guide.blocks[0]))  # Prepared blocks refer to themselves.
         networks.append(weakref.ref(model.blocks[0]))
         digests.append(self._guide_digest)
         if len(copies) == 3:
@@ -71,10 +71,10 @@ def test_the_guide_is_on_the_device_only_while_it_is_needed(monkeypatch: pytest.
     monkeypatch.setattr(Evaluator, "measure", measure)
     for name in ("Embedder", "reference_of"):
         monkeypatch.setattr(f"jitscale.evaluation.evaluator.{name}", lambda *_: None)
-    none, lines = cast(Any, None), Lines()  # no shards and no averages are needed
+    none, lines = cast(Any, None), Lines()  # This measurement needs no shards and no averages.
     saved = (cast(Any, WholeNetwork()), none, RunState(), cast(Any, lines))
     measured = Measurements(config, world, none, *saved, guide, 100, lambda: None)
-    gc.disable()  # Python's own time for it is none to rely on
+    gc.disable()  # The time of Python's own collection is not reliable.
     try:
         measured.on_few_images()
         assert [copy() for copy in copies] == [None]

@@ -1,4 +1,4 @@
-"""Muon against torch's own on whole matrices, and what groups it takes."""
+"""Muon against torch's Muon on whole matrices, and the groups that it accepts."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ def test_the_matrix_becomes_nearly_orthogonal(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(diagonal, diagonal.diag().diag(), rtol=0, atol=1e-4)
 
 
-def test_steps_are_those_of_torch_and_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both groups at once: matrices as torch.optim.Muon, which iterates in bfloat16; the rest as AdamW."""
+def test_steps_equal_those_of_torchs_muon_and_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both groups at once: matrices against torch.optim.Muon, which iterates in bfloat16; the rest against AdamW."""
     torch.manual_seed(0)
     start = [torch.randn(12, 20), torch.randn(20, 12), torch.randn(7)]
     ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
@@ -51,7 +51,7 @@ def test_steps_are_those_of_torch_and_adamw(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(p, q, rtol=0, atol=2e-4)
 
 
-def test_hidden_matrices_are_muons() -> None:
+def test_muon_trains_hidden_matrices() -> None:
     model = JiT(MODEL)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = build_optimizer(model, OptimConfig(name="muon")).param_groups

@@ -14,17 +14,17 @@ OUTPUT_LAYERS = ("final_layer.", "middle_layer.")
 
 
 def grouped(config: OptimConfig) -> dict[tuple[float, float], set[str]]:
-    """(weight decay, learning-rate factor) -> names of parameters."""
+    """The names of parameters by (weight decay, learning-rate factor)."""
     model = JiT(replace(MODEL, middle_head=1))
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model, config)
-    assert sum(len(group["params"]) for group in groups) == len(names), "each parameter in one group"
+    assert sum(len(group["params"]) for group in groups) == len(names), "each parameter is in one group"
     return {(g["weight_decay"], g["lr_factor"]): {names[id(p)] for p in g["params"]} for g in groups}
 
 
-@pytest.mark.parametrize("hidden_size", [1024, 1280, 1664])  # L, H and G, whose feed-forward biases have odd sizes
+@pytest.mark.parametrize("hidden_size", [1024, 1280, 1664])  # The feed-forward biases of L, H and G have odd sizes.
 def test_only_parameters_of_odd_sizes_are_unaligned_in_a_flat_buffer(hidden_size: int) -> None:
-    """GPUs read 16 bytes at once, and a kernel that expects that stops at another address."""
+    """GPUs read 16 bytes at once. A kernel that expects alignment fails at other addresses."""
     with torch.device("meta"):
         model = JiT(replace(MODEL, hidden_size=hidden_size, num_heads=16, image_size=32))
     odd = {id(block.mlp.w12.bias) for block in model.blocks}  # type: ignore[union-attr]
@@ -46,7 +46,7 @@ def test_by_default_there_are_two_groups_that_differ_in_decay() -> None:
         assert next(layers) == next(layers), "the middle output layer is treated as the last one"
 
 
-def test_muon_takes_of_both_output_layers_the_same() -> None:
+def test_muon_treats_both_output_layers_alike() -> None:
     model = JiT(replace(MODEL, middle_head=1))
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model, OptimConfig(name="muon", lr_factor_output=0.5))
@@ -77,7 +77,7 @@ def test_kinds_may_have_rates_of_their_own() -> None:
     assert parameter_kind("blocks.0.attn.qkv.bias", 1) == "vectors"
 
 
-def test_the_rate_warms_up_and_ends() -> None:
+def test_the_learning_rate_from_warm_up_to_end() -> None:
     cosine = OptimConfig(lr=1.0, schedule="cosine", warmup_images=100)
     assert [learning_rate(cosine, images, 1100) for images in (50, 100, 600, 1100)] == pytest.approx([0.5, 1, 0.5, 0])
     assert learning_rate(OptimConfig(lr=1.0, warmup_images=0), 7, 10) == 1.0

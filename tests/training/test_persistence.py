@@ -1,4 +1,4 @@
-"""What a resume says, and what a last save that fails leads to."""
+"""The messages of a resume, and the effects of a failed final save."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from jitscale.training import persistence
 from jitscale.training.persistence import Persistence, changes_since, newest_sound_checkpoint, write_config
 
 
-def test_every_changed_setting_that_trains_otherwise_is_said() -> None:
+def test_every_changed_setting_that_affects_training_is_reported() -> None:
     before = Config()
     before.run.max_images = 96_000
     checkpoint: Any = SimpleNamespace(config=before, progress=Progress(100, 6400, 100, None, 0, 0, 0))
@@ -52,11 +52,11 @@ def test_every_changed_setting_that_trains_otherwise_is_said() -> None:
         "run.max_steps=99 is below the 100 steps already done; nothing is left to train",
         "run.max_images=6368 is below the 6400 images already seen; nothing is left to train",
     ]
-    now.run.max_images = 6369  # the last batch reached beyond it
+    now.run.max_images = 6369  # The last batch went beyond it.
     assert not any("run.max_images=" in line for line in changes_since(checkpoint, now))
 
 
-def test_a_last_save_that_fails_goes_back_to_an_older_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_final_save_falls_back_to_an_older_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
     def save(*, last: bool) -> None:
         assert last
         raise CheckpointError("step_00000007.partial: cannot be written")
@@ -69,7 +69,7 @@ def test_a_last_save_that_fails_goes_back_to_an_older_checkpoint(caplog: pytest.
         Persistence.save_before_stop(state)
 
 
-def test_a_storage_that_fails_while_the_folder_is_looked_at_ends_no_run(
+def test_failing_storage_during_a_check_of_the_folder_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def stale(*arguments: object) -> bool:
@@ -95,7 +95,7 @@ def test_a_storage_that_fails_while_the_folder_is_looked_at_ends_no_run(
             assert not is_gone()
             assert "cannot be checked ([Errno 116] Stale file handle); the next save tries again" in caplog.text
             marker.unlink()
-            assert is_gone(), "its loss was seen before"
+            assert is_gone(), "the loss was noticed before the error"
         (state._run_dir / "config.yaml").unlink()
         with monkeypatch.context() as failing:
             failing.setattr("jitscale.training.persistence.write_config", stale)
@@ -110,8 +110,8 @@ def test_a_storage_that_fails_while_the_folder_is_looked_at_ends_no_run(
 
 
 @pytest.mark.parametrize("where", [persistence, train])
-def test_one_rank_alone_looks_for_checkpoints(where: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error there reaches all ranks: they would wait for one that has left."""
+def test_only_one_rank_looks_for_checkpoints(where: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error there reaches all ranks. Otherwise they would wait for a rank that has left."""
 
     def fail(run_dir: Path) -> list[Path]:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(run_dir))
@@ -126,7 +126,7 @@ def test_one_rank_alone_looks_for_checkpoints(where: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(train, "claim", lambda run_dir, held: None)
     with pytest.raises(StorageError, match="Stale file handle"):
         look()
-    # As on another rank, which does not look: it would have the answer of rank 0.
+    # Another rank does not look; it gets the answer of rank 0.
     monkeypatch.setattr(parallel, "this_rank", lambda: 1)
     monkeypatch.setattr(parallel, "broadcast_object", lambda value: [] if where is persistence else 1)
     assert look() == (None if where is persistence else 0)

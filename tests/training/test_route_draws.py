@@ -1,4 +1,4 @@
-"""Which tokens of a sample are routed: a function of its position in the run, and nothing else."""
+"""The routed tokens of a sample depend on its position in the run and on nothing else."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ def routed(folder: Path, share: float = 0.4) -> Config:
 
 
 def step(config: Config, *, ranks: int, micro_batches: int, workers: int, number: int) -> dict[int, list[int]]:
-    """The tokens that pass in step `number`, by the place of a sample in the global batch, of all ranks together."""
+    """The tokens that pass in step `number`, from all ranks, by the position of a sample in the global batch."""
     config.data.num_workers = workers
     found: dict[int, list[int]] = {}
     for rank in range(ranks):
@@ -58,7 +58,7 @@ def test_ranks_micro_batches_and_workers_change_nothing(
     assert found == dict(enumerate(expected.tolist()))
 
 
-def test_nothing_is_drawn_where_all_tokens_pass(folder: Path) -> None:
+def test_without_routing_nothing_is_drawn(folder: Path) -> None:
     for config in (routed(folder, share=0.0), routed(folder, share=0.001)):
         config.data.num_workers = 0
         feed = Feed(
@@ -78,23 +78,25 @@ def test_draws_are_exact_rising_uniform_and_independent() -> None:
     many = 20_000
     kept = kept_tokens(7, np.arange(many), TOKENS, KEPT)
     assert kept.shape == (many, KEPT)
-    assert bool((kept.diff(dim=1) > 0).all()), "each token once, in its order"
+    assert bool((kept.diff(dim=1) > 0).all()), "each token appears at most once, in order"
     assert (int(kept.min()), int(kept.max())) == (0, TOKENS - 1)
     passes = torch.zeros(many, TOKENS, dtype=torch.float64).scatter(1, kept, 1.0)
     share = KEPT / TOKENS
     spread = (share * (1 - share)) ** 0.5
     deviations = (passes.mean(0) - share) / (spread / many**0.5)
     assert float(deviations.abs().max()) < 4.5
-    # Pairs of tokens, which are hardly correlated as exactly K pass, and neighbouring samples.
+    # The pairs are tokens, which are hardly correlated because exactly K pass, and neighbouring samples.
     centred = (passes - share) / spread
     correlation = centred.T @ centred / many + torch.ones(TOKENS, TOKENS, dtype=torch.float64) / (TOKENS - 1)
     assert float((correlation - correlation.diag().diag()).abs().max()) < 5 / many**0.5
     assert abs(float((centred[1:] * centred[:-1]).mean())) < 5 / (many * TOKENS) ** 0.5
-    assert not torch.equal(kept[:100], kept_tokens(8, np.arange(100), TOKENS, KEPT)), "the seed matters"
-    assert torch.equal(kept[50:60], kept_tokens(7, np.arange(50, 60), TOKENS, KEPT)), "the position alone"
+    assert not torch.equal(kept[:100], kept_tokens(8, np.arange(100), TOKENS, KEPT)), "the draws depend on the seed"
+    assert torch.equal(kept[50:60], kept_tokens(7, np.arange(50, 60), TOKENS, KEPT)), (
+        "the draws depend only on the position"
+    )
 
 
-def test_where_routing_ends() -> None:
+def test_the_step_at_which_routing_ends() -> None:
     config = Config()
     config.run.max_images = 1000
     assert routed_part(config) == 1.0
@@ -106,8 +108,8 @@ def test_where_routing_ends() -> None:
     assert routed_part(config) == 1.0
 
 
-def test_routing_makes_no_other_network() -> None:
-    """As dropout; a middle output layer does, whose weights differ."""
+def test_routing_does_not_change_the_identity_of_the_network() -> None:
+    """Routing is like dropout. A middle output layer makes another network, because its weights differ."""
     before = Config()
     routed = replace(before, model=replace(before.model, route_share=0.5, route_blocks=[3, -1]))
     assert network_differences(before, routed) == []

@@ -1,4 +1,4 @@
-"""Signals, Ctrl-C, and what is left of a hang."""
+"""Signals, Ctrl-C, and the traces of a hang."""
 
 import os
 import signal
@@ -13,19 +13,19 @@ from jitscale.errors import ExitCode, StopRequestedError
 from jitscale.training.stopping import HangWatch, StopSignal
 
 
-def test_the_stacks_of_an_earlier_hang_stay(tmp_path: Path) -> None:
+def test_the_stacks_of_an_earlier_hang_are_kept(tmp_path: Path) -> None:
     stacks = tmp_path / "stacks.txt"
     watch = HangWatch(100.0, stacks)
     watch.alive()
     watch.close()
-    assert not stacks.exists(), "nothing has hung"
+    assert not stacks.exists(), "no file is written without a hang"
     stacks.write_text("Thread 1: all_reduce\n")
     HangWatch(100.0, stacks).close()
     assert stacks.read_text() == "Thread 1: all_reduce\n"
 
 
 def fork(work: Callable[[], object]) -> tuple[int, TextIO]:
-    """Do `work` in a fork; returns its process id and its standard error. Its exit code is 0 if it comes to its end."""
+    """Do `work` in a fork; returns its process id and its standard error. Its exit code is 0 if the work ends."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -55,7 +55,7 @@ def exit_code(process: int) -> int:
         (signal.SIGINT, ExitCode.INTERRUPTED, "stopped by Ctrl-C"),
     ],
 )
-def test_a_signal_while_everything_is_saved_ends_the_process(number: int, code: int, said: str) -> None:
+def test_a_signal_ends_the_process_at_once_if_everything_is_saved(number: int, code: int, said: str) -> None:
     def measure() -> None:
         with StopSignal().exit_on_signal(7):
             ready()
@@ -82,13 +82,13 @@ def test_the_first_ctrl_c_is_noted_and_the_second_ends_the_process() -> None:
     assert output.read(1) == "."
     os.kill(process, signal.SIGINT)
     while (line := output.readline()) != "ready\n":
-        assert line, "it has ended"
+        assert line, "the process has ended too early"
     os.kill(process, signal.SIGINT)
     assert exit_code(process) == -signal.SIGINT
 
 
-def test_a_suspended_process_has_not_hung(tmp_path: Path) -> None:
-    """It hangs afterwards, and only then the watch ends it."""
+def test_a_suspended_process_does_not_count_as_hanging(tmp_path: Path) -> None:
+    """The process hangs after its suspension. Only then the watch ends it."""
 
     def hang() -> None:
         watch = HangWatch(0.6, tmp_path / "stacks.txt")
@@ -101,14 +101,14 @@ def test_a_suspended_process_has_not_hung(tmp_path: Path) -> None:
     time.sleep(0.9)
     os.kill(process, signal.SIGCONT)
     time.sleep(0.2)
-    assert os.waitpid(process, os.WNOHANG) == (0, 0), "the time of its suspension counts"
+    assert os.waitpid(process, os.WNOHANG) == (0, 0), "the time of the suspension must not count"
     assert exit_code(process) == ExitCode.FAILED
     stacks = (tmp_path / "stacks.txt").read_text()
     assert stacks.startswith("Timeout: no step for 0.6 s\n")
     assert "in ready" in stacks
 
 
-def test_a_hang_on_a_full_disk_ends_the_process_too() -> None:
+def test_a_hang_ends_the_process_even_on_a_full_disk() -> None:
     def hang() -> None:
         HangWatch(0.2, Path("/dev/full")).alive()
         ready()

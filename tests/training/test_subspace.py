@@ -1,4 +1,4 @@
-"""The subspace of asym: fitted to images with a known one, kept in files, refused where it does not fit."""
+"""The subspace of asym: fitted to images with a known subspace, stored in files, refused if it does not fit."""
 
 import logging
 from dataclasses import replace
@@ -37,7 +37,7 @@ ASYM = DiffusionConfig(prediction="asym", rank=2)
 def known() -> tuple[torch.Tensor, npt.NDArray[np.uint8]]:
     """Two directions of patches, (48, 2), and images of patches in them, as uint8 (40, 16, 16, 3).
 
-    The first one is a ramp from top to bottom, the second one is stronger in red than in green, and none in blue.
+    The first one is a ramp from top to bottom. The second one is stronger in red than in green, and zero in blue.
     """
     rows = torch.linspace(-1, 1, PATCH)[:, None, None].expand(PATCH, PATCH, 3)
     colours = torch.tensor([1.0, -0.5, 0.0]).expand(PATCH, PATCH, 3)
@@ -60,7 +60,7 @@ def opened(folder: Path) -> ShardSet:
 
 
 def plain_gram(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Of images (B, S, S, 3), patch by patch, times 255 squared, in whole numbers."""
+    """The Gram matrix of images (B, S, S, 3), patch by patch, times 255 squared, in integers."""
     total = np.zeros((NUMBERS, NUMBERS), np.int64)
     for image in pixels:
         for top in range(0, SIZE, PATCH):
@@ -73,11 +73,12 @@ def plain_gram(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
 def test_the_fit_finds_the_directions_of_the_images(folder: Path) -> None:
     directions, pixels = known()
     gram, images = gram_matrix(opened(folder), PATCH, 10_000, 0, 0, CPU)
-    assert images == COUNT, "all, where there are fewer"
+    assert images == COUNT, "all images are used if there are fewer"
     np.testing.assert_array_equal((gram * 255**2).round().numpy(), plain_gram(pixels))
     found = leading_subspace(gram, 2)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found @ found.T, directions @ directions.T, rtol=0, atol=5e-3)  # of uint8
+    # The tolerance is the rounding of uint8.
+    torch.testing.assert_close(found @ found.T, directions @ directions.T, rtol=0, atol=5e-3)
     torch.testing.assert_close(found[:, 0].abs(), directions[:, 0].abs(), rtol=0, atol=5e-2)
     shares = explained(gram, found)
     assert 0.7 < shares[0] < 0.95
@@ -86,15 +87,15 @@ def test_the_fit_finds_the_directions_of_the_images(folder: Path) -> None:
     assert explained(gram, torch.eye(NUMBERS))[-1] == pytest.approx(1.0)
 
 
-def test_the_order_of_patches_is_that_of_the_objective(folder: Path) -> None:
+def test_patches_have_the_same_order_as_in_the_objective(folder: Path) -> None:
     gram, _ = gram_matrix(opened(folder), PATCH, 10_000, 0, 0, CPU)
     images = torch.from_numpy(known()[1]).permute(0, 3, 1, 2).double() / 127.5 - 1
     patches = patches_of(images, PATCH).flatten(0, 1)
     torch.testing.assert_close(gram, patches.T @ patches, rtol=1e-12, atol=1e-9)
 
 
-def test_images_are_chosen_by_the_seed_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same sum to the last bit by two workers; others for another seed."""
+def test_the_seed_alone_selects_the_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers give the same sum, bit by bit. Another seed gives another one."""
     shards = opened(folder)
     monkeypatch.setattr(subspace, "FEWEST_FOR_WORKERS", 1)
     first, images = gram_matrix(shards, PATCH, 20, 7, 0, CPU)
@@ -116,7 +117,7 @@ def test_undecodable_images_are_left_out(folder: Path, caplog: pytest.LogCapture
     np.testing.assert_array_equal((gram * 255**2).round().numpy(), plain_gram(sound))
 
 
-def test_no_image_and_patches_that_do_not_fill_images_are_refused(folder: Path) -> None:
+def test_empty_data_and_unsuitable_patch_sizes_are_refused(folder: Path) -> None:
     shards = opened(folder)
     with pytest.raises(DataError, match="patch size 5 does not divide the images of 16 pixels a side"):
         gram_matrix(shards, 5, 10, 0, 0, CPU)
@@ -126,7 +127,7 @@ def test_no_image_and_patches_that_do_not_fill_images_are_refused(folder: Path) 
         gram_matrix(shards, PATCH, 10_000, 0, 0, CPU)
 
 
-def test_signs_are_those_of_the_largest_entries() -> None:
+def test_the_largest_entries_determine_the_signs() -> None:
     matrix = torch.randn(30, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for vectors in (leading_subspace(matrix.T @ matrix, 20), random_subspace(20, 5, 3)):
         assert bool((vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) > 0).all())
@@ -134,7 +135,7 @@ def test_signs_are_those_of_the_largest_entries() -> None:
     assert not torch.equal(random_subspace(20, 5, 3), random_subspace(20, 5, 4))
 
 
-def test_of_large_patches_only_the_wanted_eigenvectors_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_patches_need_only_the_wanted_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     scales = torch.logspace(0, -3, 192, dtype=torch.float64)
     turned = torch.linalg.qr(torch.randn(192, 192, dtype=torch.float64, generator=generator)).Q
@@ -149,10 +150,10 @@ def test_of_large_patches_only_the_wanted_eigenvectors_are_computed(monkeypatch:
 
     monkeypatch.setattr(torch.linalg, "eigh", noting)
     torch.testing.assert_close(leading_subspace(rows.T @ rows, 8), whole, rtol=0, atol=1e-6)
-    assert max(sizes) < 100, "lobpcg solves small problems alone"
+    assert max(sizes) < 100, "lobpcg solves only small problems"
 
 
-def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_an_unsuitable_file_is_refused(tmp_path: Path) -> None:
     path, sound = tmp_path / "P.safetensors", random_subspace(NUMBERS, 2, 0)
     write_subspace(path, sound, {"made_by": "a test"})
     assert torch.equal(read_subspace(path, MODEL, ASYM), sound)
@@ -170,10 +171,13 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
             read_subspace(path, MODEL, ASYM)
 
 
-def test_a_run_fits_once_and_finds_it_again(
+def test_a_run_fits_its_subspace_once_and_finds_it_again(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same as the tool's; another seed or held-out set has another one; a damaged file is computed again."""
+    """The run's file equals the tool's.
+
+    Another seed or held-out set has another file. A damaged file is computed again.
+    """
     config = Config(model=MODEL, diffusion=replace(ASYM), data=DataConfig(shards=str(folder), num_workers=0))
     config.run.dir = str(tmp_path / "run")
     shards, world = opened(folder), World(0, 1, 0, CPU)
@@ -198,7 +202,7 @@ def test_a_run_fits_once_and_finds_it_again(
     before = kept.read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(subspace, "gram_matrix", None)
-        assert torch.equal(of_run(), first), "it is found"
+        assert torch.equal(of_run(), first), "the stored file is found"
         config.diffusion.subspace = str(output)
         assert torch.equal(of_run(), first)
         config.diffusion.subspace = None

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from jitscale.training.timing import Clock
 
 
-def test_the_bar_says_what_is_done_and_its_time_left_does_not_count_it() -> None:
+def test_the_bar_names_a_pause_and_does_not_count_its_time() -> None:
     said = io.StringIO()
     with tqdm(total=100, file=said, desc="train", mininterval=0) as bar:
         clock = Clock(0)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Train a few steps with the oldest and with the newest torch that pyproject.toml allows, on two versions of Python:
+# Train a few steps with the oldest and the newest torch that pyproject.toml allows, on two versions of Python:
 #
 #     tests/versions/run.sh
 #     PYTHONS="/opt/python3.10/bin/python3.10 python3.12" ENVIRONMENTS=/big/disk tests/versions/run.sh [WAY ...]
 #
 # PYTHONS       the interpreters (default: python3.10 python3.12)
-# ENVIRONMENTS  a folder for the environments, 6 GB each, which stay; default: a temporary one, which is removed
+# ENVIRONMENTS  a folder that keeps the environments, 6 GB each; default: a temporary folder, removed at the end
 #
-# WAYs are those of train_steps.py. Needs a package index, a C++ compiler, and half an hour on two free cores.
+# train_steps.py lists the WAYs. The script needs a package index, a C++ compiler, and half an hour on two free cores.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

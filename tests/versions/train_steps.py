@@ -1,6 +1,6 @@
-"""Train a few steps in the ways that depend on the version of PyTorch, on the CPU: python train_steps.py [WAY ...]
+"""Train a few steps on the CPU, in the ways that depend on the version of PyTorch: python train_steps.py [WAY ...]
 
-One line a way; exit code 1 if any failed. tests/versions/run.sh runs it in environments of several versions.
+Each way prints one line. Exit code 1: a way failed. tests/versions/run.sh runs it in environments of several versions.
 """
 
 import json
@@ -29,11 +29,11 @@ SHORT += [
     "evaluation.grid_every_images=8",
 ]
 SHORT += ["evaluation.steps=2"]
-# As JiT-H and JiT-G train when memory is short: what is compiled, and what is computed again in the backward pass.
+# JiT-H and JiT-G train like this when memory is short: compiled blocks, of which some are recomputed.
 COMPILED = ["engine.compile=true", "engine.align=true", "engine.precision=autocast", "model.depth=2"]
 COMPILED += ["engine.activation_checkpointing=1", "model.attn_dropout=0.2", "model.proj_dropout=0.2"]
-COMPILED += ["evaluation.grid_every_images=0"]  # sampling has graphs of its own, which take minutes more
-# Name -> launcher and settings. `resumed` goes on in the folder of `plain`.
+COMPILED += ["evaluation.grid_every_images=0"]  # Sampling has graphs of its own, which take minutes more.
+# Name -> launcher and settings. `resumed` continues in the folder of `plain`.
 WAYS: dict[str, tuple[list[str], list[str]]] = {
     "plain": ([], []),
     "resumed": ([], ["run.max_steps=5", "engine.zero_stage=2"]),
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def _losses(run: Path) -> list[float]:
-    """Of every step that has been logged."""
+    """The loss of every logged step."""
     if not (run / "metrics.jsonl").exists():
         return []
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

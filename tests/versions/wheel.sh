@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The wheel, installed in an empty environment, imports and draws an image with a run's weights.
+# Build the wheel, install it in an empty environment, import it there, and draw images with a run's weights:
+#
 #     tests/versions/wheel.sh RUN
-# PYTHON names the interpreter (default: python3). Versions are those of constraints.txt. No checkout is on the path.
+#
+# PYTHON names the interpreter (default: python3). constraints.txt gives the versions. No checkout is on the path.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 run=$(realpath "${1:?give a run, such as runs/demo/64px}")
@@ -17,7 +19,7 @@ trap 'rm -rf "$folder"' EXIT
 python=$folder/venv/bin/python
 "$python" -m pip install --quiet --upgrade pip
 "$python" -m pip install --quiet "$(grep '^torch==' constraints.txt)"
-git archive --prefix=source/ HEAD | tar -x -C "$folder" # what is committed, and no build of before
+git archive --prefix=source/ HEAD | tar -x -C "$folder" # The source is the commit, without an earlier build.
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$folder" "$folder/source"
 wheel=("$folder"/jitscale-*.whl)
 echo "$(basename "${wheel[0]}"): $(stat -c %s "${wheel[0]}") bytes"

@@ -1,4 +1,4 @@
-"""Two ranks that would sample in different ways, or of which one cannot; write what each of them says.
+"""Two ranks use different kernels for sampling, or one of them has none. Write the message of each rank.
 
 Usage: differing_kernels.py KERNEL OF EACH RANK ...
 """

@@ -1,4 +1,4 @@
-"""The same few steps in each way to compute, through the engine; write the losses and what the compiler counted.
+"""Run the same few steps in each execution mode, through the engine. Write the losses and the compiler's counters.
 
 Usage: executions.py RESULT.json STAGE WAY ...
 """
@@ -20,7 +20,7 @@ from tests.support import tiny
 from tests.support.processes import leave_after
 
 STEPS, BATCH = 4, 3
-# Padded, compiled, every k-th block recomputed.
+# The modes pad the feed-forward layers, compile the blocks, and recompute every k-th block.
 WAYS = {"plain": (False, False, 0), "padded": (True, False, 0), "compiled": (True, True, 0), "all": (True, True, 2)}
 MODEL = replace(tiny.MODEL, hidden_size=40, depth=4, in_context_start=2)
 
@@ -50,7 +50,7 @@ def run(engine_config: EngineConfig, world: parallel.World) -> dict[str, Any]:
 def main() -> None:
     world = parallel.start(torch.device("cpu"))
     compiler = torch.compile
-    # Graphs and their derivatives as for a GPU, without a C++ compiler at their end.
+    # The compiler builds the graphs and their derivatives as for a GPU, but does not call a C++ compiler for them.
     torch.compile = lambda function, **rest: compiler(function, **{**rest, "backend": "aot_eager"})
     results = {}
     for name in sys.argv[3:]:

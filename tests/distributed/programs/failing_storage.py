@@ -1,4 +1,4 @@
-"""`python -m jitscale.train ARGUMENTS` on a machine whose storage fails on rank 1, after some steps."""
+"""`python -m jitscale.train ARGUMENTS`, where the storage of rank 1 fails after some steps."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ read = OffsetReader.read
 
 
 def failing(file: OffsetReader, offset: int, size: int) -> bytes:
-    """As `OffsetReader.read`."""
+    """The signature of `OffsetReader.read`; it fails."""
     global reads  # noqa: PLW0603
     reads += 1
     if os.environ["RANK"] == "1" and reads > SOUND_READS:

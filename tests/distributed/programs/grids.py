@@ -1,4 +1,4 @@
-"""Draw a grid of samples from sharded weights, with a guide, and write what each rank built and held.
+"""Draw a grid of samples from sharded weights, with a guide. Write the networks and the memory of each rank.
 
 Usage: grids.py FOLDER
 """
@@ -25,12 +25,8 @@ from tests.support.tiny import MODEL
 NAME = "ema_0.9"
 
 
-def weights_of(network: JiT) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in network.named_parameters()}
-
-
 def random_network(seed: int) -> JiT:
-    """With an output that is not zero."""
+    """A network whose output is not zero."""
     torch.manual_seed(seed)
     network = JiT(MODEL)
     for p in network.parameters():
@@ -51,7 +47,9 @@ def main() -> None:
     def counted(weights: dict[str, torch.Tensor], *settings: Any) -> JiT:
         built.append(network_holding(weights, *settings))
         same = dict(built[-1].named_parameters())
-        assert all(same[name].data_ptr() == tensor.data_ptr() for name, tensor in weights.items()), "no second copy"
+        assert all(same[name].data_ptr() == tensor.data_ptr() for name, tensor in weights.items()), (
+            "the rank holds no second copy of the weights"
+        )
         return built[-1]
 
     measurements.network_holding = counted

@@ -1,4 +1,4 @@
-"""Train with Muon in every ZeRO stage and in plain torch, save in one stage, go on in the next; write what came out.
+"""Train with Muon in every ZeRO stage and in plain torch. Save in one stage, resume in the next. Write the results.
 
 Usage: muon.py RESULT.json FOLDER
 """
@@ -35,7 +35,7 @@ def build(stage: int, precision: str = "fp32") -> tuple[JiT, Config]:
 
 
 def images_of(step: int) -> tuple[torch.Tensor, ...]:
-    """One of two batches, so that the loss must fall."""
+    """One of two batches, so that the loss must decrease."""
     return batch(step % 2)
 
 

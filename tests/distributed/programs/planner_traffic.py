@@ -17,13 +17,13 @@ from jitscale.training.engine import ZeroEngine
 from tests.distributed.programs.zero_parity import GLOBAL_BATCH, LR, batch, build, loss_of
 from tests.support.processes import leave_after
 
-# A rank sends so many times (n - 1)/n of the whole tensor.
+# A rank sends (n - 1)/n of the whole tensor this many times.
 TIMES = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
-SMALLEST = 1000  # elements; what is smaller are norms and flags
+SMALLEST = 1000  # elements; smaller collectives exchange norms and flags
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes sent by a rank, by type."""
+    """The bytes that a rank sends, by type of number."""
 
     def __init__(self, ranks: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def sent(stage: int, precision: str, world: parallel.World) -> dict[str, int]:
             engine.backward(loss_of(engine, *part))
             engine.step(LR if index == engine.micro_batches - 1 else None)
 
-    step()  # what happens in a first step only
+    step()  # Some communication happens in the first step only.
     with Traffic(world.size) as traffic:
         step()
     engine.destroy()

@@ -1,8 +1,8 @@
-"""Gradients of a few parameters through the reducer: write their largest differences from a mean computed at once.
+"""Reduce the gradients of a few parameters. Write their largest differences from a mean computed in one piece.
 
 Usage: reducer.py RESULT.json
 
-The parameters are used in another order on each rank, and each rank leaves one out, another one in each pass.
+Each rank uses the parameters in a different order. It leaves one parameter out, a different one in each pass.
 """
 
 import json
@@ -20,14 +20,15 @@ from jitscale import parallel
 from jitscale.training.reducer import Reducer
 from tests.support.processes import leave_after
 
-GROUPS = [[(3, 5), (17,), (2, 2, 2), (31, 3), (1,)], [(7,), (4, 6)], [(2,)]]  # parts of a rank end within parameters
-BUCKETS = [1, 40, 10_000]  # elements: each parameter alone, a few of them, all
+# The part of a rank ends inside a parameter.
+GROUPS = [[(3, 5), (17,), (2, 2, 2), (31, 3), (1,)], [(7,), (4, 6)], [(2,)]]
+BUCKETS = [1, 40, 10_000]  # in elements: one parameter each, a few parameters, all parameters
 PASSES, STEPS = 3, 2
 
 
 def optimizer_of(parameters: list[list[torch.Tensor]], stage: int, world: parallel.World) -> Any:
-    """What the reducer reads and replaces of DeepSpeed's optimizer."""
-    sizes = [-(-sum(p.numel() for p in group) // (2 * world.size)) * 2 for group in parameters]  # with padding
+    """A stand-in with the attributes of DeepSpeed's optimizer that the reducer reads and replaces."""
+    sizes = [-(-sum(p.numel() for p in group) // (2 * world.size)) * 2 for group in parameters]  # includes the padding
     optimizer: Any = SimpleNamespace(
         partition_gradients=stage == 2,
         partition_size=sizes,
@@ -45,11 +46,12 @@ def optimizer_of(parameters: list[list[torch.Tensor]], stage: int, world: parall
 
 
 def factors(step: int, rank: int, ranks: int, count: int) -> Iterator[list[tuple[int, float]]]:
-    """For each pass the parameters in the order of their use on this rank, and their gradients."""
+    """For each pass: the parameters in the order of their use on this rank, and their gradients."""
     for number in range(PASSES):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(100 * step + 10 * number + rank)).tolist()
         left_out = (rank + number) % count
-        # Small integers: exact in bf16, and so is their sum, times a number of ranks that is a power of two.
+        # These are small integers: they are exact in bf16. So is their sum times a number of ranks that is a power of
+        # two.
         yield [(i, float(ranks * (1 + i + rank + number + step))) for i in order if i != left_out]
 
 
@@ -81,12 +83,12 @@ def largest_difference(stage: int, dtype: torch.dtype, elements: int, world: par
             wanted[: len(whole)] = whole
             assert found.dtype == torch.float32
             differences.append((found - wanted.chunk(world.size)[world.rank]).abs().max())
-    return float(torch.stack(differences).max())  # NaN if one is
+    return float(torch.stack(differences).max())  # One NaN makes the result NaN.
 
 
 def main() -> None:
     world = parallel.start(torch.device("cpu"))
-    torch.use_deterministic_algorithms(True)  # what is not initialised is NaN
+    torch.use_deterministic_algorithms(True)  # Memory that is not initialised is filled with NaN.
     results = {
         f"{stage} {dtype} {elements}": parallel.gather_objects(
             largest_difference(stage, dtype, elements, world, collective=stage == 2)

@@ -1,4 +1,4 @@
-"""Save in every ZeRO stage and train on, or load what other worlds saved, and train on from there.
+"""Save in every ZeRO stage and continue, or load the checkpoints of other worlds and continue from there.
 
 Usage: resume_matrix.py save FOLDER
        resume_matrix.py load FOLDER 'SOURCE to PLACE' ...    both as RANKS-STAGE; a PLACE has the ranks of this start
@@ -19,13 +19,13 @@ from jitscale.training.engine import ZeroEngine
 from tests.distributed.programs.zero_parity import GLOBAL_BATCH, STAGES, build, largest_difference, train_step
 from tests.support.processes import leave_after
 
-SAVED_AT, END = 4, 7  # in steps; the first one is skipped, so that optimizer steps are fewer
+SAVED_AT, END = 4, 7  # in steps; the first step is skipped, so there are fewer optimizer steps
 
 State = dict[str, dict[str, torch.Tensor]]  # set -> parameter -> whole tensor
 
 
 class Run:
-    """An engine and its averages, saved and loaded as the trainer does."""
+    """An engine and its averages, saved and loaded in the same way as in the trainer."""
 
     def __init__(self, stage: int, world: parallel.World) -> None:
         model, self.config = build(stage, "fp32", world.size)
@@ -45,12 +45,13 @@ class Run:
         assert sets.keys() == set(checkpoint.sets)
         for flats in sets.values():
             for f in self.engine.fragments:
-                flats[f.flat][f.start : f.start + f.length] = float("nan")  # what is not loaded shall be seen
+                # A value that is not loaded stays NaN, so that the test finds it.
+                flats[f.flat][f.start : f.start + f.length] = float("nan")
         load_fragments(checkpoint, self.engine.fragments, sets)
         self.engine.finish_loading()
 
     def state(self) -> State:
-        """Everything whole; a collective call."""
+        """All sets as whole tensors; a collective call."""
         return {name: self.engine.gather(flats) for name, flats in self._sets().items()}
 
     def _sets(self) -> dict[str, list[torch.Tensor]]:
@@ -62,7 +63,7 @@ def state_of(checkpoint: Checkpoint) -> State:
 
 
 def differing(a: State, b: State) -> list[str]:
-    """The sets that are not bit-equal."""
+    """The sets that are not bit-equal in `a` and `b`."""
     assert a.keys() == b.keys()
     return [name for name in a if not all(torch.equal(a[name][p], b[name][p]) for p in b[name])]
 
@@ -86,7 +87,10 @@ def save(folder: Path, world: parallel.World) -> dict[str, Any]:
 
 
 def load(folder: Path, world: parallel.World, resumes: list[str]) -> dict[str, Any]:
-    """One engine a stage loads its sources in turn: fresh before the first, trained further before each other one."""
+    """The engine of each stage loads its sources one after another.
+
+    It is fresh before the first source, and has trained further before each other one.
+    """
     into: dict[int, list[str]] = {stage: [] for stage in STAGES}
     for resume in resumes:
         source, place = resume.split(" to ")
@@ -98,7 +102,7 @@ def load(folder: Path, world: parallel.World, resumes: list[str]) -> dict[str, A
     results = {}
     for stage in STAGES:
         run = Run(stage, world)
-        for source in into[stage][stage:] + into[stage][:stage]:  # each stage begins with another one
+        for source in into[stage][stage:] + into[stage][:stage]:  # Each stage starts with a different source.
             run.load(saved[source])
             loaded_otherwise, steps = differing(states[source], run.state()), run.engine.optimizer_step()
             losses, state = run.train(SAVED_AT, END), run.state()

@@ -1,4 +1,4 @@
-"""What ranks share: one small exchange at a log point, and work that one rank of a node does for all."""
+"""Communication between ranks: one small exchange at a log point, and work that one rank of a node does for all."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from tests.support.processes import leave_after
 
 
 def main() -> None:
-    """Check on every rank, and leave a line for each rank that has called."""
+    """Check on every rank. Each rank that calls the work leaves a file."""
     folder = Path(sys.argv[1])
     (folder / "tmp").mkdir(exist_ok=True)
     tempfile.tempdir = str(folder / "tmp")
@@ -61,7 +61,7 @@ def main() -> None:
         with pytest.raises(UserError, match="rank 0 refuses"):
             once_a_node(world, refuse)
 
-        tempfile.tempdir = f"/proc/{os.getpid()}"  # nothing can be written there
+        tempfile.tempdir = f"/proc/{os.getpid()}"  # Nothing can be written in this folder.
         (folder / f"called_by_{world.rank}").unlink(missing_ok=True)
         assert once_a_node(world, work)["words"] == ["a", "b"]
         assert (folder / f"called_by_{world.rank}").exists()

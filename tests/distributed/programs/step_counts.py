@@ -1,4 +1,4 @@
-"""What a step makes the ranks exchange, and the host wait for: counted operator by operator in every stage.
+"""Count the collectives and the host waits of a step, operator by operator, in every stage.
 
 Usage: step_counts.py RESULT.json
 """
@@ -25,7 +25,7 @@ WAYS += [(stage, precision) for precision in ("autocast", "bf16") for stage in S
 
 
 def collectives(run: Callable[[], object]) -> dict[str, int]:
-    """How often each collective is called in `run`."""
+    """The number of calls of each collective in `run`."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     found: Counter[str] = Counter()
@@ -52,7 +52,7 @@ def count(stage: int, precision: str, world: parallel.World) -> dict[str, Any]:
         for index in range(engine.micro_batches):
             micro_batch(last=index == engine.micro_batches - 1)
 
-    step()  # what happens in a first step only
+    step()  # Some communication happens in the first step only.
     found = {
         "waits": host_waits(step, world.device, compiled=False),
         "collectives": [

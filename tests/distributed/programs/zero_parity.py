@@ -1,4 +1,4 @@
-"""Train the same network on the same global batches in every ZeRO stage, and in plain torch; write what came out.
+"""Train the same network on the same global batches in every ZeRO stage and in plain torch. Write the results.
 
 Usage: zero_parity.py RESULT.json STEPS 'STAGE KIND' ..., where KIND is fp32, autocast, bf16 or poisoned (with a NaN).
 """
@@ -30,9 +30,10 @@ from tests.support import tiny
 from tests.support.processes import leave_after
 
 STAGES = (0, 1, 2, 3)
-ROUNDED_STEPS, POISONED_STEPS = 10, 2  # in bf16 arithmetic, with a NaN in the first one; STEPS are those in fp32
+# number of steps in bf16, and with a NaN in the first step; STEPS counts steps in fp32
+ROUNDED_STEPS, POISONED_STEPS = 10, 2
 GLOBAL_BATCH, DECAY, LR = 12, 0.9, 1e-3
-MICRO_BATCH = {1: 4, 2: 3, 3: 2}  # by number of ranks: 3, 2 and 2 are accumulated
+MICRO_BATCH = {1: 4, 2: 3, 3: 2}  # by number of ranks; 3, 2 and 2 micro-batches are accumulated
 POWER_WIDTH, POWER_GAMMA = 0.05, 16.972199  # arXiv 2312.02696
 MODEL = replace(tiny.MODEL, hidden_size=64)
 
@@ -64,7 +65,7 @@ def build(stage: int, precision: str, ranks: int) -> tuple[JiT, Config]:
 
 
 class Averages:
-    """The two averages of whole weights, by their definition."""
+    """The two averages of whole weights, computed by their definition."""
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         self.decaying = {name: w.clone() for name, w in weights.items()}
@@ -116,7 +117,10 @@ def train_step(engine: ZeroEngine, ema: ShardedEma, step: int, *, poison: bool =
 
 
 def train_engine(stage: int, kind: str, world: parallel.World, plain: dict[str, Any]) -> dict[str, Any]:
-    """Train in one stage; the largest differences from plain torch, and from averages of the engine's own weights."""
+    """Train in one stage.
+
+    Returns the largest differences from plain torch, and from averages of the engine's own weights.
+    """
     poisoned = kind.startswith("poisoned")
     precision = kind.removeprefix("poisoned").lstrip("-") or "fp32"
     model, config = build(stage, precision, world.size)
@@ -150,7 +154,7 @@ def train_engine(stage: int, kind: str, world: parallel.World, plain: dict[str, 
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest relative error of a tensor of `a`, in the 2-norm."""
+    """The largest relative error among the tensors of `a`, in the 2-norm."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).norm() / (b[name].norm() + 1e-12)) for name in a)
 

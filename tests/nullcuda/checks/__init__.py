@@ -1,1 +1,1 @@
-"""The checks of the kit, by subject. Each module of this folder is imported; a new subject is a new file."""
+"""The checks, by subject. All modules of this folder are imported; a new subject is a new file."""

@@ -1,4 +1,4 @@
-"""How a step computes on a GPU: blocks as CUDA graphs, the fused kernels; and the suite of benchmarks."""
+"""Execution of a step on a GPU: blocks as CUDA graphs, the fused kernels, and the suite of benchmarks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.nullcuda.bench import (
 )
 from tests.nullcuda.checks.starting import both_ranks
 
-DEPTH, MICRO_BATCHES = 4, 2  # of the small network; of its 16 images with the settings below
+DEPTH, MICRO_BATCHES = 4, 2  # The small network has 4 blocks; the settings below make 2 micro-batches of its 16 images.
 DROPOUT = ["model.attn_dropout=0.2", "model.proj_dropout=0.2"]
 COMPILED = ["engine.compile=true"]
 
@@ -62,7 +62,8 @@ GRIDS = [*EAGER, *MEASURE, "evaluation.grid_every_images=32"]  # every second st
 training_graphs("released", 1, GRIDS, "The same: graphs are freed for each grid of samples, and captured again.")
 for stage in (1, 2):
     training_graphs(f"{stage}_ranks_2", 2, [*EAGER, f"engine.zero_stage={stage}"], f"The same: stage {stage}, 2 ranks.")
-for stage in (0, 1, 2):  # gradients of one micro-batch lie in the graphs' own memory until the step has taken them
+# The gradients of a single micro-batch stay in the graphs' own memory until the step has used them.
+for stage in (0, 1, 2):
     once = [*EAGER, f"engine.zero_stage={stage}", *(["engine.precision=fp32"] if stage == 0 else [])]
     training_graphs(f"{stage}_once", 1, once, f"The same: stage {stage}, without accumulation.", micro_batches=1)
 training_graphs("routed", 1, [*EAGER, *ROUTED], "The same: half of the tokens are routed, with a middle output layer.")
@@ -98,14 +99,14 @@ sys.path.insert(0, {kit!r})
 import inside
 inside.install()
 """
-# One item of each command that one GPU can have, as tiny as they come.
+# One tiny item of each command that runs on one GPU.
 ITEMS = ["step-h-64-stage-2", "step-h-64-plain", "profile-h-64", "sample-h-64-graphs", "attention-h-0.2"]
 ITEMS += ["correct-graphs"]
 
 
 @check()
 def suite(bench: Bench) -> Outcome:
-    """The suite of benchmarks, its smoke mode: items end with a result, or are refused with a reason."""
+    """The suite of benchmarks in its smoke mode: each item ends with a result, or is refused with a reason."""
     site, out = bench.scratch / "suite_site", bench.scratch / "suite_out"
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(PATCHED.format(kit=str(KIT)))

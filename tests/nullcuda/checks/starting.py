@@ -1,4 +1,4 @@
-"""How a run starts: by a Slurm job, on two ranks, without an installation."""
+"""Starting a run: as a Slurm job, on two ranks, without an installation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ SINFO = '''echo "$SLURM_JOB_NODELIST idle"'''
 
 @check()
 def preflight(bench: Bench) -> Outcome:
-    """A Slurm job of two tasks: batch script, supervisor, preflight and training; srun, scontrol and sinfo stand in."""
+    """A Slurm job of two tasks: batch script, supervisor, preflight and training.
+
+    Stand-ins replace srun, scontrol and sinfo.
+    """
     programs = bench.scratch / "bin"
     programs.mkdir(exist_ok=True)
     (programs / "srun.py").write_text(SRUN)
@@ -91,14 +94,15 @@ def preflight(bench: Bench) -> Outcome:
 
 
 def reason_of_ranks(done: Finished, needed: Sequence[str]) -> str:
-    """Without what srun and the supervisor say about it."""
+    """The reason of the ranks, without the lines of srun and of the supervisor."""
     lines = [line for line in done.output.splitlines() if not re.search(r"supervisor:|srun: error", line)]
     return Finished(done.code, "\n".join(lines), done.report, 0).why(needed, several=True)
 
 
 def both_ranks(done: list[Finished]) -> Outcome:
     failed = [one for one in done if one.code != 0]
-    if failed:  # the first one: the other only misses its peer
+    # Report the first failed rank: the other one only lost its peer.
+    if failed:
         first = min(failed, key=lambda one: one.seconds)
         return Outcome(False, f"rank {done.index(first)}: {first.why()}")
     return to_its_end(done[0], ", 2 ranks")
@@ -112,13 +116,13 @@ def two_ranks(bench: Bench) -> Outcome:
 
 @check()
 def own_gpu(bench: Bench) -> Outcome:
-    """Two ranks that see one GPU each, as `--gpus-per-task=1` makes it: LOCAL_RANK=1 and one device."""
+    """Two ranks that see one GPU each, as with `--gpus-per-task=1`: LOCAL_RANK=1 and one device."""
     return both_ranks(bench.ranks("own_gpu", EAGER, "1"))
 
 
 @check()
 def uninstalled(bench: Bench) -> Outcome:
-    """Training from a checkout that no pip has seen: PYTHONPATH only."""
+    """Training from a checkout without an installation, found by PYTHONPATH only."""
     copy = bench.scratch / "checkout"
     for folder in ("jitscale", "configs"):
         shutil.copytree(CHECKOUT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))

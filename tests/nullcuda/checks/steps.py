@@ -1,4 +1,4 @@
-"""What one training step asks of the GPU: waits, reductions, launches."""
+"""The work that one training step gives the GPU: waits, reductions, launches."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.nullcuda.bench import (
     unrecorded,
 )
 
-REDUCED_EARLY = 0.5  # of the gradient elements, before the backward pass has ended
-GRADIENT_ELEMENTS = 1000  # smaller collectives are norms and flags
+REDUCED_EARLY = 0.5  # share of the gradient elements that are reduced before the backward pass ends
+GRADIENT_ELEMENTS = 1000  # in elements; smaller collectives exchange norms and flags
 SIZE_OF_B = [
     *(*EAGER, *QUIET, "run.max_steps=5"),
     *("model.hidden_size=768", "model.depth=12", "model.num_heads=12", "model.in_context_start=4"),
@@ -29,9 +29,9 @@ SIZE_OF_B = [
 
 
 def waits_of(step: dict[str, Any]) -> tuple[int, int, int, list[str]]:
-    """(times the host waits, pageable copies, late reads of an event, their places).
+    """The number of host waits, of pageable copies and of late reads of an event, and the places of all of them.
 
-    An event is late if at least half a step of launches lies between its record and the wait.
+    A read is late if at least half a step of launches lies between the record of the event and the wait.
     """
     counted = step["counters"]
     half = (counted["launch"] + counted["driver_launch"] + counted["product"]) / 2
@@ -65,13 +65,13 @@ def judged_waits(done: Finished) -> Outcome:
 
 @check()
 def waits(bench: Bench) -> Outcome:
-    """Host synchronisations of a default training step: none but the late verdict on the step before."""
+    """Host synchronisations of a default training step: none, except the late verdict on the step before."""
     return judged_waits(bench.train("waits", [*EAGER, *QUIET]))
 
 
 @check()
 def waits_routed(bench: Bench) -> Outcome:
-    """The same where tokens are routed, with a middle output layer."""
+    """The same with routed tokens and a middle output layer."""
     return judged_waits(bench.train("waits_routed", [*EAGER, *QUIET, *ROUTED]))
 
 
@@ -93,7 +93,9 @@ def no_waits(precision: str, stage: int, ranks: int) -> None:
 for _precision in ("fp32", "autocast", "bf16"):
     for _stage in (1, 2):
         no_waits(_precision, _stage, ranks=1)
-    # Stage 3 on one rank has nothing to shard, and DeepSpeed waits at each fetch. On several ranks it waits for events
+    # On one rank, stage 3 has nothing to shard, and DeepSpeed waits at each fetch. On several ranks, DeepSpeed bounds
+    # its memory: it waits for events of earlier fetches and reductions if more than a few are pending. Events of this
+    # CUDA are always complete, so these waits are not visible here.
     # of earlier fetches and reductions if more than a few are under way, so that memory stays bounded: events of this
     # CUDA are always over, so that these waits are not seen here.
     for _stage in (1, 2, 3):
@@ -148,7 +150,7 @@ def full(name: str, recipe: str, settings: Sequence[str], purpose: str) -> None:
     def run(bench: Bench) -> Outcome:
         once = [*QUIET, "data.batch_size=64", "run.max_images=null", f"run.max_steps={STEP + 1}"]
         once += ["evaluation.grid_every_images=0", "evaluation.at_end=false", "evaluation.every_images=0"]
-        # The last save would write 15 GB of zeros for H: the run ends itself at the recorded step.
+        # The final save would write 15 GB of zeros for H, so the run ends itself at the recorded step.
         config = f"configs/jit_{recipe}.yaml"
         done = bench.train(name, [*once, *settings], {"NULLCUDA_STOP": "1"}, small=False, config=config)
         if done.step is None:

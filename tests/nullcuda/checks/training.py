@@ -1,4 +1,4 @@
-"""Training to its end in each precision, ZeRO stage and way to compute."""
+"""Training to its end in each precision, ZeRO stage and execution mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.nullcuda.bench import (
 )
 from tests.nullcuda.checks.steps import waits_of
 
-# Products that make a step's matrices orthogonal: 5 iterations of 3, for more than 4 matrices in each of 4 blocks.
+# The matrix products of Muon in one step: 5 iterations of 3 products, for more than 4 matrices in each of 4 blocks.
 OF_MUON = 5 * 3 * 4 * 4
 
 
@@ -47,7 +47,7 @@ for stage in (2, 3):
 
 @check()
 def resume(bench: Bench) -> Outcome:
-    """Stage 1, on in stage 3, on in stage 2 with bf16."""
+    """Train in stage 1, resume in stage 3, resume in stage 2 with bf16."""
     parts = (
         ["run.max_steps=3"],
         ["engine.zero_stage=3"],
@@ -69,7 +69,10 @@ trains("graphs", [*EAGER, *MEASURE, "evaluation.cuda_graphs=true"], "The same, w
 
 @check()
 def muon(bench: Bench) -> Outcome:
-    """Muon. The host waits once, to read whether the gradient is infinite; it must read a no, or there is no step."""
+    """Muon.
+
+    The host waits once, to read whether the gradient is infinite. It must read "no", otherwise no step is taken.
+    """
     done = bench.train("muon", [*EAGER, *QUIET, "optim.name=muon"], {"NULL_BOOL": "0"})
     outcome = to_its_end(done)
     if not outcome.ok or done.step is None:
@@ -85,24 +88,24 @@ trains("offload", [*EAGER, "engine.offload_optimizer=true"], "Optimizer state in
 
 @check()
 def float8(bench: Bench) -> Outcome:
-    """Products in float8, where torchao is there."""
+    """Matrix products in float8, if torchao is installed."""
     there = subprocess.run([sys.executable, "-c", "import torchao"], capture_output=True, check=False).returncode == 0
     if not there:
         return Outcome(True, "not checked: torchao is not installed")
-    # Three images have 204 tokens, and 108 where they are routed: no multiples of 16, which the products need.
+    # Three images have 204 tokens, or 108 routed ones. Neither is a multiple of 16, which the products need.
     odd = bench.train("float8_odd", [*EAGER, *ROUTED, "engine.float8=true", "data.batch_size=3"])
     return to_its_end(odd) if odd.code != 0 else to_its_end(bench.train("float8", [*EAGER, "engine.float8=true"]))
 
 
 @check()
 def compiled(bench: Bench) -> Outcome:
-    """Blocks compiled by Inductor for sm_90, as GPUs have it by default."""
+    """Blocks compiled by Inductor for sm_90, the default on GPUs."""
     done = bench.train("compiled", ["engine.compile=true", *QUIET])
     return to_its_end(done) if done.step is None else to_its_end(done, f"; a step: {launches(done.step)}")
 
 
 @check()
 def recompute(bench: Bench) -> Outcome:
-    """Compiled, with activation checkpointing and dropout 0.2."""
+    """Compiled blocks with activation checkpointing and dropout 0.2."""
     dropout = ["model.attn_dropout=0.2", "model.proj_dropout=0.2"]
     return to_its_end(bench.train("recompute", ["engine.compile=true", "engine.activation_checkpointing=1", *dropout]))
