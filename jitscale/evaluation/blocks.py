@@ -95,7 +95,7 @@ def compute_blocks(
                     passing[place] = content
                 progress.update(min(size * world.size, total - progress.n))  # assumes that other ranks are as far
         except UserError as error:
-            logger.error("rank %d: %s", world.rank, error)  # logged at once, because other ranks may compute for long
+            logger.error("rank %d: %s", world.rank, error)  # at once: other ranks may compute for hours
             raise
 
     def compute_missing() -> None:

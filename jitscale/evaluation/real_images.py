@@ -201,7 +201,7 @@ class RealImages:
                 except ValueError as error:
                     if not isinstance(error, UserError):
                         error = DataError(f"{self.file.path}: unusable features of real images ({error})")
-                    logger.error("rank %d: %s", world.rank, error)  # logged at once: other ranks may compute for long
+                    logger.error("rank %d: %s", world.rank, error)  # at once: other ranks may compute for hours
                     raise error from None
 
         description = f"real images, {self.file.name}"
