@@ -202,7 +202,7 @@ def test_another_table_of_positions_is_refused(run: Path, tmp_path: Path) -> Non
         ({"jitscale": {"weights": "../x", "diffusion": {}}}, "is not a name of a weight set"),
         ({"jitscale": {"weights": "model", "diffusion": {"prediction": "v"}}}, "prediction=v; must be x"),
         ({"jitscale": {"weights": "model", "diffusion": {"noise_scale": -1}}}, "noise_scale=-1"),
-        ({"model_type": "JiT-Z/2"}, "model_type=JiT-Z/2 is none of JiT-B"),
+        ({"model_type": "JiT-Z/2"}, "model_type=JiT-Z/2 must be one of JiT-B"),
     ],
 )
 def test_what_no_jit_here_has_is_one_line(change: dict[str, Any], message: str, run: Path, tmp_path: Path) -> None:

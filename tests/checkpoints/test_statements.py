@@ -252,7 +252,7 @@ def test_a_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr(layout, "sha256_of", fail)
-    remedy = f"start again when the storage works; if this file alone stays unreadable, remove {checkpoint.path}"
+    remedy = f"start again when the storage works; if only this file stays unreadable, remove {checkpoint.path}"
     with pytest.raises(StorageError, match=rf"cannot be read \(Input/output error\); {remedy}") as met:
         checkpoint.verify()
     assert not met.value.is_wrong

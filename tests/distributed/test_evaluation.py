@@ -257,7 +257,7 @@ def test_more_images_continue_from_fewer(evaluation: Evaluation, alone: dict[str
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["evaluation.features=null"], "evaluation.features is null"),
+        (["evaluation.features=null"], "evaluation.features=null: no network"),
         (["--weights=ema_0.5"], "no weight set 'ema_0.5'"),
         (["evaluation.reference=/nowhere"], "/nowhere: "),
         (["evaluation.num_images=9"], "is too few for the 10 splits"),
