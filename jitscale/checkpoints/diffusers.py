@@ -178,7 +178,8 @@ def _flat_network(keys: Mapping[str, Any], source: Path, shapes: Mapping[str, tu
     said = {key: keys[before] if keys.get(before) is not None else keys.get(key) for key, before in _FLAT.items()}
     size = str(said["model_type"]).partition("/")[0]
     if size not in IN_CONTEXT_START:
-        raise CheckpointError(f"{source}: model_type={said['model_type']} is none of {', '.join(IN_CONTEXT_START)}")
+        sizes = ", ".join(IN_CONTEXT_START)
+        raise CheckpointError(f"{source}: model_type={said['model_type']} must be one of {sizes}")
     model = sizes_from_shapes(shapes, int(said["sample_size"] or 256), IN_CONTEXT_START[size])
     classes = said["num_class_embeds"]
     if classes is not None and classes != model.num_classes:

@@ -206,7 +206,7 @@ class Checkpoint(StoredWeights):
     def _damaged(self, file: str, what: object) -> UserError:
         one_line = f"{self.path / file}: {' '.join(str(what).split())}"
         fall_back = f"remove {self.path} to fall back to the checkpoint before it"
-        lasting = f"start again when the storage works; if this file alone stays unreadable, {fall_back}"
+        lasting = f"start again when the storage works; if only this file stays unreadable, {fall_back}"
         return unreadable(self.path / file, what, f"{one_line}; the file is damaged, {fall_back}", lasting)
 
     def _open(self, number: int) -> MappedSafetensors:

@@ -45,7 +45,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
+            raise ValueError(f"method: must be one of {', '.join(METHODS)}, got {self.method!r}")
         if not 1 <= self.steps <= MOST_STEPS:
             raise ValueError(f"steps: must be in [1, {MOST_STEPS}], got {self.steps}")
         for name in ("guidance", "internal"):

@@ -167,8 +167,8 @@ class ZeroEngine:
         if self.stage in (1, 2) and hasattr(optimizer, "single_partition_of_fp32_groups"):
             skip_needless_work(optimizer)
             if not offloaded:
-                # One rank has nothing to sum. On a GPU it still calls NCCL, so that one GPU tests this path too;
-                # with CUDA graphs the call is left out, because the host has no time for it.
+                # One rank has nothing to sum. On a GPU it still calls NCCL, so that errors of NCCL appear with one GPU
+                # too. With CUDA graphs it does not, because the host has no time for the call.
                 collective = self.world.size > 1 or (device.type == "cuda" and not self.execution.graphs)
                 Reducer(optimizer, [p for _, p in self._parameters], self._bucket_elements, collective=collective)
 

@@ -53,7 +53,7 @@ class Measurements:
     guide: JiT | None  # the network of `evaluation.guide`, in eval mode
     end: int  # images seen when the run is complete
     stop: Callable[[], None]  # raises a StopRequestedError between two blocks
-    _warned: set[str] = field(default_factory=set)  # averages of which a warning said: mostly the start of the run
+    _warned: set[str] = field(default_factory=set)  # averages that a warning has named already
 
     def due(self) -> list[Measurement]:
         """The measurements that are due after this step."""

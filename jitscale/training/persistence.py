@@ -329,7 +329,7 @@ def data_identity(config: Config, shards: ShardSet, checkpoint: Checkpoint | Non
     now["manifest"] = shards.manifest_hash
     if shards.held_out is not None:
         now["held_out"] = str(held_out_fraction(data) or shards.held_out.manifest_hash)
-    if checkpoint is None or checkpoint.progress.data is None:  # an imported checkpoint has seen no image
+    if checkpoint is None or checkpoint.progress.data is None:  # an upgraded or converted checkpoint at step 0
         return {**now, "origin": 0}
     progress, before = checkpoint.progress, checkpoint.progress.data
     differing = [key for key in {**now, **before} if key != "origin" and before.get(key) != now.get(key)]

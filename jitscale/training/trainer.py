@@ -288,8 +288,8 @@ class Trainer:
         """Save this step, then take the measurements that are due after it. Returns False if a signal stops the run.
 
         A measurement may take longer than a scheduler waits. Therefore the step is saved first, and a signal then ends
-        the process at once; the resumed run repeats the measurement. If the save failed, a signal takes effect at the
-        next block of the measurement, and the run saves again.
+        the process at once; the resumed run repeats the measurement. If the step is not saved (the save failed, or the
+        step was skipped), a signal takes effect at the next block of the measurement, and the run saves then.
         """
         if not due:
             return True

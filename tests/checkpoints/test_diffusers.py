@@ -206,7 +206,7 @@ def test_an_unknown_position_table_is_refused(run: Path, tmp_path: Path) -> None
         ({"jitscale": {"weights": "../x", "diffusion": {}}}, "is not a name of a weight set"),
         ({"jitscale": {"weights": "model", "diffusion": {"prediction": "v"}}}, "prediction=v; must be x"),
         ({"jitscale": {"weights": "model", "diffusion": {"noise_scale": -1}}}, "noise_scale=-1"),
-        ({"model_type": "JiT-Z/2"}, "model_type=JiT-Z/2 is none of JiT-B"),
+        ({"model_type": "JiT-Z/2"}, "model_type=JiT-Z/2 must be one of JiT-B"),
     ],
 )
 def test_features_that_our_network_lacks_are_a_one_line_error(

@@ -252,7 +252,7 @@ def test_failing_storage_is_not_reported_as_damage(tmp_path: Path, monkeypatch: 
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr(layout, "sha256_of", fail)
-    remedy = f"start again when the storage works; if this file alone stays unreadable, remove {checkpoint.path}"
+    remedy = f"start again when the storage works; if only this file stays unreadable, remove {checkpoint.path}"
     with pytest.raises(StorageError, match=rf"cannot be read \(Input/output error\); {remedy}") as met:
         checkpoint.verify()
     assert not met.value.is_wrong

@@ -151,7 +151,7 @@ def test_the_finest_grid_rises_strictly(shift: float) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "rk4"}, "none of euler"),
+        ({"method": "rk4"}, "must be one of euler"),
         ({"time_shift": 0.0}, "0.01"),
         ({"steps": 0}, r"steps: must be in \[1, 10000\], got 0"),
         ({"steps": MOST_STEPS + 1}, "got 10001"),

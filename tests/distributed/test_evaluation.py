@@ -267,7 +267,7 @@ def test_an_evaluation_of_more_images_continues_one_of_fewer(evaluation: Evaluat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["evaluation.features=null"], "evaluation.features is null"),
+        (["evaluation.features=null"], "evaluation.features=null: no network"),
         (["--weights=ema_0.5"], "no weight set 'ema_0.5'"),
         (["evaluation.reference=/nowhere"], "/nowhere: "),
         (["evaluation.num_images=9"], "Inception Score has 10 splits"),
