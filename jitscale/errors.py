@@ -171,9 +171,10 @@ def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = T
     """Run `command` and leave the process with its exit code.
 
     A `UserError` becomes one message and exit code 2. A `RendezvousError`, an OSError, or a `StorageError` whose path
-    is right becomes one message and exit code 1. A `GPUMemoryError` becomes one message and either code. If errors are the `same_on_all_ranks`, only
-    global rank 0 prints them. Only commands that call `adopt_launcher_environment` may pass True: without it, RANK may
-    be a leftover of another command.
+    is right becomes one message and exit code 1. A `GPUMemoryError` becomes one message and either code.
+
+    If errors are the `same_on_all_ranks`, only global rank 0 prints them. Only commands that call
+    `adopt_launcher_environment` may pass True: without it, RANK may be a leftover of another command.
     """
     try:
         code = command()
