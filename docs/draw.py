@@ -17,7 +17,7 @@ from jitscale.errors import ExitCode, UserError, exit_with_message
 
 IMAGES = Path(__file__).parent / "images"
 FIGURES = {"system": system.draw, "step": step.draw, "upgrade_patch": upgrade_patch.draw, "job": job.draw}
-OF_RUNS = {"samples": ("letters", "digits"), "own_images": ("letters",)}  # and the options that they need
+OF_RUNS = {"samples": ("letters", "digits"), "own_images": ("letters",)}  # figures of runs, and their options
 
 
 def main(arguments: list[str] | None = None) -> int:

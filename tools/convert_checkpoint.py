@@ -50,7 +50,7 @@ from jitscale.config import Config, ema_name, load_config, to_yaml
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message, first_line
 from jitscale.evaluation.showcase import SAMPLES, as_measured, draw_samples, measured
 
-AUTHORS_DECAYS = (0.9999, 0.9996)  # of model_ema1 and model_ema2
+AUTHORS_DECAYS = (0.9999, 0.9996)  # decays of model_ema1 and model_ema2
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _lines(result: dict[str, Any], class_names: list[str] | None) -> list[tuple[
         ("shards", f"{result['shards']:,}"),
         ("samples", f"{result['samples']:,}"),
         ("bytes", f"{result['bytes']:,}"),
-        ("bytes a sample", f"{result['bytes_per_sample']:,.0f}"),
+        ("bytes per sample", f"{result['bytes_per_sample']:,.0f}"),
         ("codec", unknown or result["codec"]),
         ("images of each extension", ", ".join(f"{name} {number:,}" for name, number in result["extensions"].items())),
         ("resolution", unknown or resolution),

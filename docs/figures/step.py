@@ -1,4 +1,4 @@
-"""One training step of JiT-H/16, 64 images of 256 px, on one H200: who works when."""
+"""One training step of JiT-H/16, 64 images of 256 px, on one H200, over time."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ STEP = 177  # "On a GPU"
 HOST = 78  # "The host limits small shares": an upper bound
 LAUNCHES = 529  # "What the host asks of the GPU"
 BACKWARD = 2  # forward passes that a backward pass is worth: counted from shapes, not measured
-BUCKETS = 30  # of H's gradients, by jitscale.planner.buckets
+BUCKETS = 30  # number of buckets of H's gradients, by jitscale.planner.buckets
 
 KINDS = {  # label, time, colour, and whether the label stands a line lower, because the bar is narrow
     "matrix products": (PRODUCTS, BLUE, 0.5, False),

@@ -24,7 +24,7 @@ LEARNED_BY_HEART = 1000  # with fewer pictures, samples are mostly copies of the
 MOST_EPOCHS = 2000
 FEWEST_TO_HOLD_OUT = 200  # with fewer pictures, all are needed for training
 PARTS = 10  # parts of the run; after each, it saves, draws samples and measures
-LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)  # of averages, in steps; the last is the paper's
+LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)  # averages' lengths in steps; the last is the paper's
 LEAST_SHARE = 16  # pictures per GPU and step, as in the paper on 64 GPUs; with fewer, a GPU waits for its host
 
 NO_CLASSES = "guidance needs at least two classes"
@@ -67,7 +67,7 @@ class _Size:
     lr: float  # at this batch
     steps: int  # at this batch
     guidance: float
-    source: str  # of these numbers
+    source: str  # source of these numbers
 
 
 def _network(width: int, depth: int, heads: int, bottleneck: int, class_tokens: int) -> ModelConfig:

@@ -39,9 +39,9 @@ class PackingOptions:
     codec: str  # one of PACKING_CODECS
     resolution: int  # pixels a side
     samples_per_shard: int
-    seed: int  # of the order
-    background: str = str(WHITE)  # of transparent images, as `parse_background` reads it
-    channels: int = RGB  # of the images that are stored
+    seed: int  # seed of the order
+    background: str = str(WHITE)  # background of transparent images, as `parse_background` reads it
+    channels: int = RGB  # channels of the images that are stored
     finding: FindOptions = field(default_factory=FindOptions)  # facts about the input that the user gives
 
     def __post_init__(self) -> None:

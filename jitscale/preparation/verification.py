@@ -125,7 +125,7 @@ def _labels(path: Path, manifest: Manifest, samples: list[TarSample]) -> tuple[l
 
 
 def _index_defects(path: Path, fresh: tar_index.IndexArray, wrong_labels: list[int]) -> list[Defect]:
-    """Where the index differs from the headers of the tar, except in `wrong_labels`, which are defects already."""
+    """The index's differences from the headers of the tar, except in `wrong_labels`, which are defects already."""
     beside = tar_index.index_path(path)
     if not beside.exists():
         return [Defect(path, None, f"has no index next to it; {_REBUILD}")]

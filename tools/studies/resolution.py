@@ -100,7 +100,7 @@ def describe(summary: Summary) -> list[str]:
         floor, mflop = summary["floor"][str(size)], summary["flops_an_image"][str(size)] / 1e6
         ms = 1e3 * fmean(summary["training_seconds"][str(size)]) / summary["images"]
         distances = f"noise scale {size // SIZES[0]}: {scaled}, noise scale 1: {unscaled}; floor {floor:.2f}"
-        lines.append(f"{size:4} px: {distances}; {mflop:.0f} MFLOP and {ms:.2f} ms an image")
+        lines.append(f"{size:4} px: {distances}; {mflop:.0f} MFLOP and {ms:.2f} ms per image")
     for mu in MUS:
         lines.append(f"64 px, noise scale 1, mu {mu:g}: {plus_minus(summary['mu'][f'{mu:g}'], digits=1)}")
     return lines
