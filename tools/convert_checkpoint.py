@@ -207,7 +207,12 @@ def _parser() -> Parser:
     parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="a folder; for authors a file")
     sets = "such as model ema_0.9999 (default: safetensors: all; run: model; else the one that the run samples from)"
     parser.add_argument("--weights", nargs="+", metavar="SET", help=sets)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="run: its config; else PATH's network, if unknown")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="run: its configuration; other forms: needed only if PATH does not describe its network",
+    )
     for number, decay in enumerate(AUTHORS_DECAYS, 1):
         meaning = f"authors: becomes model_ema{number} (default: %(default)s)"
         parser.add_argument(f"--ema{number}", default=ema_name(decay), metavar="SET", help=meaning)

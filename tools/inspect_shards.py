@@ -76,7 +76,7 @@ def main() -> int:
 
 def _lines(result: dict[str, Any], class_names: list[str] | None) -> list[tuple[str, str]]:
     unknown = None if result["codec"] else "unknown: there is no manifest"
-    resolution = f"{result['resolution']} pixels a side" if result["resolution"] else "images of mixed sizes"
+    resolution = f"{result['resolution']} pixels per side" if result["resolution"] else "images of mixed sizes"
     lines = [
         ("shards", f"{result['shards']:,}"),
         ("samples", f"{result['samples']:,}"),

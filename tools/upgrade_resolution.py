@@ -75,7 +75,7 @@ def report(stored: StoredWeights, target: Config, plan: upgrade.Upgrade, folder:
     if resized:
         print(f"  resized by {plan.ratio}: {', '.join(resized)}")
     else:
-        print(f"  resized: nothing; {(new.image_size // new.patch_size) ** 2} tokens of {new.patch_size} pixels a side")
+        print(f"  resized: nothing; {(new.image_size // new.patch_size) ** 2} tokens of {new.patch_size} px per side")
     kept = len(stored.shapes) - len(resized)
     print(f"  kept: the other {kept} tensors of each of {', '.join(stored.weight_sets)}")
     if not any(name in MOMENTS for name in sets):

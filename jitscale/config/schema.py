@@ -120,7 +120,7 @@ class DiffusionConfig:
 
 @dataclass
 class DataConfig:
-    """The source of the images, and their order."""
+    """The images: their source and their order."""
 
     shards: str = setting(
         "",
@@ -184,7 +184,7 @@ class OptimConfig:
 
 @dataclass
 class EngineConfig:
-    """The distribution of a step over the devices (DeepSpeed ZeRO), and its computation."""
+    """The devices: how they share a step (DeepSpeed ZeRO), and how they compute it."""
 
     zero_stage: int = setting(
         1,
@@ -248,7 +248,7 @@ class EmaConfig:
 
 @dataclass
 class CheckpointConfig:
-    """The times at which checkpoints are written, and the choice of those that are kept."""
+    """Checkpoints: when they are written, and which ones are kept."""
 
     every_images: int = setting(1_281_167, "images between two checkpoints", at_least=1)
     keep_last: int = setting(2, "number of complete checkpoints to keep; each save removes older ones", at_least=1)
@@ -341,7 +341,7 @@ class EvaluationConfig:
 
 @dataclass
 class TrackingConfig:
-    """The places where numbers are recorded, besides metrics.jsonl in the run's folder."""
+    """Records of the numbers, besides metrics.jsonl in the run's folder."""
 
     wandb: str = setting("off", "record in Weights & Biases", choices=("online", "offline", "off"))
     project: str = setting("jitscale", "project in Weights & Biases")

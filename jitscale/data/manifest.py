@@ -43,7 +43,7 @@ class Manifest:
     """The content of a folder of shards."""
 
     codec: str  # raw, png, webp, jpeg; original: the files unchanged; foreign: shards of another program
-    resolution: int | None  # pixels a side of every image; None: original sizes, the reader crops
+    resolution: int | None  # pixels per side of every image; None: original sizes, the reader crops
     num_classes: int  # labels are below it; 0: no labels
     class_names: list[str] | None
     total: int  # samples

@@ -174,6 +174,6 @@ def _check_manifests(wanted: ShardRequest, manifests: Sequence[Manifest]) -> Non
             wrong = "says that there are no labels; set model.num_classes=0 (unconditional) or write shards with labels"
         elif image_size is not None and resolution is not None and resolution < image_size:
             size = f"{wanted.size_setting} is {image_size}"
-            wrong = f"says {resolution} pixels a side, {size}; lower it or write larger shards"
+            wrong = f"says {resolution} pixels per side, {size}; lower it or write larger shards"
         if wrong:
             raise DataError(f"{pattern}: the manifest {wrong}")

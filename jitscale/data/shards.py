@@ -84,7 +84,7 @@ class ShardSet:
         kept = {manifest.channels for manifest in manifests if manifest.resolution is not None}
         self.stored_channels = kept.pop() if len(kept) == 1 else None  # channels of the stored images; None if unknown
         self.image_size = wanted.image_size or 0
-        self.image_size = self._first_image_size()  # pixels a side; fails now if the size does not fit
+        self.image_size = self._first_image_size()  # pixels per side; fails now if the size does not fit
 
     @classmethod
     def open(
@@ -110,7 +110,7 @@ class ShardSet:
                 because an index of unknown origin may be of another tar. In remote storage (s3://, gs://, https://), a
                 folder with a manifest, or a brace pattern of tars in such a folder.
             num_classes: labels must be below it; 0 for unconditional: labels are ignored and read as 0.
-            image_size: pixels a side, to which larger images are cropped when they are read; None: the size of the
+            image_size: pixels per side, to which larger images are cropped when they are read; None: the size of the
                 first image. Smaller images are enlarged, as in the recipe, if a manifest states that images have their
                 original sizes. Otherwise they are refused, because the shards are probably the wrong ones.
             cache_dir: a folder of this node for remote shards; None: this user's folder in $TMPDIR.

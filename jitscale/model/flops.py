@@ -75,7 +75,7 @@ def mean_training_flops(config: Config) -> float:
 
 
 def model_flops_utilisation(config: Config, images: int, rate: float, peak: float) -> float:
-    """The MFU of a device that trains `rate` images per second, with a peak of `peak` TFLOP/s, after `images` images."""
+    """MFU of a device that trains `rate` images per second, with a peak of `peak` TFLOP/s, after `images` images."""
     return rate * training_flops(config.model, routed=routes(config.run, images)) / (peak * 1e12)
 
 

@@ -28,8 +28,8 @@ Record = tuple[int, int, int, bytes]  # an entry of an index: offset, size, labe
 # One image: its size in pixels; mean and mean square of each channel, in [0, 255]; whether all channels are equal.
 IMAGE = np.dtype([("width", "<i8"), ("height", "<i8"), ("mean", "<f8", RGB), ("square", "<f8", RGB), ("grey", "?")])
 
-SHEET_TILES = 8  # a side of the contact sheet
-TILE = 80  # pixels a side
+SHEET_TILES = 8  # tiles per side of the contact sheet
+TILE = 80  # pixels per side
 CAPTION = 14  # pixels of height below a tile
 
 _SMALL_SIDES = (256, 512)  # the resolutions of the recipe: smaller images are enlarged

@@ -27,7 +27,7 @@ class ShardTask:
     root: str  # relative paths of sources start here
     sources: dict[int, Source]  # key: number, which becomes the key of the sample
     codec: str  # one of CODECS, or ORIGINAL
-    resolution: int  # pixels a side; with ORIGINAL, only smaller images are counted
+    resolution: int  # pixels per side; with ORIGINAL, only smaller images are counted
     most_bad: int  # most inputs that may be bad
     background: Background = WHITE  # background of transparent images
     channels: int = images.RGB  # channels of the images that are stored

@@ -50,7 +50,7 @@ class Batch:
     columns: Any  # pyarrow.RecordBatch with the requested columns; None if none was requested
 
     def values(self, column: str) -> list[object]:
-        """The values of a column, one a row."""
+        """The values of a column, one per row."""
         array = self.columns.column(column)
         return (array.dictionary_decode() if hasattr(array, "dictionary_decode") else array).to_pylist()
 

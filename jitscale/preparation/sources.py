@@ -86,7 +86,7 @@ class SourceTable:
     num_classes: int  # labels are below it; 0: there are no labels
     class_names: list[str] | None  # None if labels are numbers without names, or there are none
     ignored: Counter[str]  # files that were no images, by extension
-    notes: list[str]  # remarks about the input for the user, one a line
+    notes: list[str]  # remarks about the input for the user, one per line
 
     def __len__(self) -> int:
         return len(self.table)

@@ -179,5 +179,5 @@ def _image_defects(path: Path, resolution: int | None, samples: list[TarSample],
             what = f"byte {sample.offset}: sample {row} needs more memory than there is"
             raise DataError(f"{path}: {what}; use fewer --workers") from error
         if resolution not in (None, width) or resolution not in (None, height):
-            what = f"is {width} x {height} pixels, the manifest says {resolution} a side"
+            what = f"is {width} x {height} pixels, but the manifest says {resolution} per side"
             yield Defect(path, sample.offset, f"sample {row} {what}; write the shard or the manifest again")

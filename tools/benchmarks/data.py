@@ -40,7 +40,7 @@ TRAINED = {"JiT-B/16": 2121, "JiT-L/16": 711, "JiT-H/16": 392, "JiT-G/16": 185}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Images per second on one core for each codec and resolution, the rate of the hand-off, and the cost of a resume."""
+    """Images per second on one core by codec and resolution, the rate of the hand-off, and the cost of a resume."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -29,7 +29,7 @@ OUTCOME = "outcome.json"
 
 Outcomes = Mapping[str, Any]  # key: name of the task
 Summary = Mapping[str, Any]  # summary of all outcomes; docs/experiments/NAME.json holds it
-Shards = Sequence[tuple[str, int]]  # `digits` or `glyphs`, and pixels a side
+Shards = Sequence[tuple[str, int]]  # `digits` or `glyphs`, and pixels per side
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class FusedKernels:
 class Shapes:
     """Shapes and dtypes of a network's blocks."""
 
-    grid: int  # tokens a side of the image
+    grid: int  # tokens per side of the image
     prefix: int  # in-context tokens
     heads: int
     head_dim: int

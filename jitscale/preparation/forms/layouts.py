@@ -156,7 +156,7 @@ def holds_splits(paths: Iterable[str]) -> bool:
 
 
 def _parts(classes: Iterable[str], named: Collection[str], folders: Iterable[str] = ()) -> list[str]:
-    """The names in `classes` and `folders` that are parts of a data set (`refuse_splits`); empty if they are classes."""
+    """Names in `classes` and `folders` that are parts of a data set (`refuse_splits`); empty if they are classes."""
     folders = sorted(set(folders) - set(classes))
     classes = sorted(set(classes) - set(named))
     splits = [name for name in classes if _SPLIT.fullmatch(name)]

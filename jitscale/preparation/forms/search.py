@@ -53,7 +53,7 @@ class Search:
     options: FindOptions
     ignored: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension
     skipped: list[str] = field(default_factory=list)  # folders that are skipped, with the reason
-    notes: list[str] = field(default_factory=list)  # remarks for the user, one a line
+    notes: list[str] = field(default_factory=list)  # remarks for the user, one per line
     names: list[str] | None = None  # class names that an input says; unused if the user gives some
     _named_by: str = ""
     _groups: int = 0
