@@ -2,7 +2,8 @@
 
 An image with k times the pixels per side is pooled to the small size. That divides the standard deviation of white
 noise by k and adds 2 log k to the logarithm of the signal-to-noise ratio (simple diffusion, Hoogeboom et al. 2023,
-arXiv 2301.11093). So the noise scale is multiplied by k, or the times are shifted. Letters, 16 tokens at every resolution.
+arXiv 2301.11093). So the noise scale is multiplied by k, or the times are shifted. Letters, 16 tokens at every
+resolution.
 """
 
 from functools import partial
