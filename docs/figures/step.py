@@ -8,7 +8,7 @@ from figures.canvas import BLUE, GREEN, LINE, LINE_HEIGHT, ORANGE, PURPLE, QUIET
 PRODUCTS, ATTENTION, FUSED, COMPILED, OPTIMIZER, COPIES = 94, 23, 25, 10, 15, 6
 STEP = 177  # "On a GPU"
 HOST = 78  # "The host limits small shares": an upper bound
-LAUNCHES = 529  # "What the host asks of the GPU"
+LAUNCHES = 529  # "Launches and waits of the host"
 BACKWARD = 2  # forward passes that a backward pass is worth: counted from shapes, not measured
 BUCKETS = 30  # number of buckets of H's gradients, by jitscale.planner.buckets
 
