@@ -11,7 +11,7 @@ _ADDRESS = re.compile(
     r"(?P<query>[?#][^\s'\"]*?(?=[:;,.)]*(?:[\s'\"]|$)))?"
 )
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+\}")
-_VALUE = re.compile(r"(?<==)[^&]+|(?<=[?&])[\w%~+.-]{16,}(?<!\.tar)(?=&|$)")  # or a long token without a name
+_VALUE = re.compile(r"(?<==)[^&]+|(?<=[?&])[\w%~+.-]{16,}(?<!\.tar)(?=&|$)")  # a named value, or a long token
 
 
 def masked(text: str) -> str:
@@ -25,7 +25,7 @@ def masked(text: str) -> str:
 
 
 def has_secret(setting: str) -> bool:
-    """Whether a setting holds a secret itself, and not only `${oc.env:NAME}` in its place.
+    """True if a setting holds a secret itself, and not only `${oc.env:NAME}` in its place.
 
     If the password comes from the environment, the user name is not a secret. If a value of a query comes from the
     environment, the other values of the query are not secrets.
@@ -42,7 +42,7 @@ def split_query(address: str) -> tuple[str, str]:
 
 
 def signs_one_object(query: str) -> bool:
-    """Whether the signature in a query holds for a single object of S3, Google Cloud Storage or Azure."""
+    """True if the signature in a query holds for a single object of S3, Google Cloud Storage or Azure."""
     values = dict(part.lower().partition("=")[::2] for part in query.removeprefix("?").split("&"))
     signed = {"x-amz-signature", "x-goog-signature"} & values.keys()
     old = "signature" in values and ({"awsaccesskeyid", "googleaccessid"} & values.keys())

@@ -114,7 +114,7 @@ def evaluate(checkpoint: Path, path: Path, overrides: list[str], weights: str | 
 
 
 def _is_end(stored: StoredWeights, run_dir: Path) -> bool:
-    """Whether the stored weights are those at the end of the run in `run_dir`; True if there is no run."""
+    """True if the stored weights are those at the end of the run in `run_dir`, or if there is no run."""
     if not (run_dir / "config.yaml").exists():
         return True
     newest = latest_checkpoint(run_dir)

@@ -17,7 +17,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Purpose(IntEnum):
-    """What a draw is for. The numbers are part of every checkpoint's meaning: never reuse or reorder them."""
+    """The purposes of draws. Every checkpoint depends on these numbers: never reuse or reorder them."""
 
     SHARD_ORDER = 1
     WINDOW_ORDER = 2

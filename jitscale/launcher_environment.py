@@ -19,7 +19,7 @@ IDENTITY = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 KERNEL_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 TORCHRUN = (*IDENTITY, "MASTER_ADDR", "MASTER_PORT")
 MOST_NODES = 65_536  # in one range of node names
-MOST_DIGITS = 18  # of an integer in a variable
+MOST_DIGITS = 18  # limit for an integer in a variable
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # in the order of IDENTITY
 
 

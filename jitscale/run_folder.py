@@ -51,7 +51,7 @@ class Claim:
             logger.warning("run.dir=%s: no locks on this file system (%s); start no second run there", run_dir, error)
 
     def is_lost(self) -> bool:
-        """Whether the folder or its lock file was removed, moved or replaced."""
+        """True if the folder or its lock file was removed, moved or replaced."""
         if self._lock is None:
             return False
         try:
@@ -152,12 +152,12 @@ def mark_complete(run_dir: Path, command: str, config: Config | None = None) -> 
 
 
 def is_complete(run_dir: Path, command: str) -> bool:
-    """Whether `command` has become complete since the last `forget_completion`."""
+    """True if `command` has become complete since the last `forget_completion`."""
     return _marker(run_dir, command).exists()
 
 
 def is_complete_under(config: Config) -> bool:
-    """Whether training under exactly this configuration is complete, and its results exist.
+    """True if training under exactly this configuration is complete, and its results exist.
 
     Under another configuration (more images, another sweep) there is work left.
     """

@@ -87,7 +87,7 @@ class Tracker:
         because another process may be writing them.
         """
         self._active = active
-        self._record: Any = None  # of W&B; kept until `close`
+        self._record: Any = None  # W&B's record; kept until `close`
         self._wandb: Any = None  # the same object; None after W&B has failed
         self._offline = False
         self._unwritten = False

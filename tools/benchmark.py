@@ -40,7 +40,7 @@ from jitscale.command import Parser, markdown, path_text, positive
 from jitscale.config import CHOICES
 from jitscale.errors import ExitCode, exit_with_message
 
-LEAST_MINUTES = 0.5  # of `suite`, which keeps some seconds to end an item
+LEAST_MINUTES = 0.5  # smallest budget of `suite`, which keeps some seconds to end an item
 
 
 def main() -> int:

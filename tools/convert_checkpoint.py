@@ -50,7 +50,7 @@ from jitscale.config import Config, ema_name, load_config, to_yaml
 from jitscale.errors import CheckpointError, ExitCode, UserError, exit_with_message, first_line
 from jitscale.evaluation.showcase import SAMPLES, as_measured, draw_samples, measured
 
-AUTHORS_DECAYS = (0.9999, 0.9996)  # of model_ema1 and model_ema2
+AUTHORS_DECAYS = (0.9999, 0.9996)  # decays of model_ema1 and model_ema2
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,12 @@ def _parser() -> Parser:
     parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="a folder; for authors a file")
     sets = "such as model ema_0.9999 (default: safetensors: all; run: model; else the one that the run samples from)"
     parser.add_argument("--weights", nargs="+", metavar="SET", help=sets)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="run: its config; else PATH's network, if unknown")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="run: its configuration; other forms: needed only if PATH does not describe its network",
+    )
     for number, decay in enumerate(AUTHORS_DECAYS, 1):
         meaning = f"authors: becomes model_ema{number} (default: %(default)s)"
         parser.add_argument(f"--ema{number}", default=ema_name(decay), metavar="SET", help=meaning)

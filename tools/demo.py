@@ -120,7 +120,7 @@ def _draw_samples(configs: list[Config], path: Path) -> None:
     """Draw the final pictures of samples, one row for each class, with the resolutions side by side."""
     with figure(path, panels=len(configs), width=5.2, height=6.6) as axes:
         for axis, config in zip(axes, configs, strict=True):
-            pictures = sorted((Path(config.run.dir) / BEST_SAMPLES).glob("*.png"))  # by images seen
+            pictures = sorted((Path(config.run.dir) / BEST_SAMPLES).glob("*.png"))  # sorted by images seen
             if not pictures:
                 raise UserError(f"{config.run.dir}: has no picture of samples; remove it and start again")
             grid = Image.open(pictures[-1])

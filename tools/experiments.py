@@ -58,7 +58,7 @@ MODULES: list[Experiment] = [
     bf16,
 ]
 EXPERIMENTS = {module.__name__.removeprefix("studies."): module for module in MODULES}
-LIST = re.compile(r"\[([^\[\]{}\"]*)\]")  # of numbers
+LIST = re.compile(r"\[([^\[\]{}\"]*)\]")  # a list of numbers
 ALONE = "upgrade"  # takes as long as all others together
 
 

@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--background", metavar="COLOUR", help=f"{behind} (default: white)")
     key = "place of a sample's label: cls (default), a field of its json such as json:label, or none for no labels"
     parser.add_argument("--label-key", metavar="KEY", help=key)
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write every defect as one JSON object a line")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write every defect as one JSON object per line")
     parser.add_workers()
     options = parser.parse_args()
     if options.verify and (options.force or options.class_names or options.background or options.label_key):

@@ -76,12 +76,12 @@ def main() -> int:
 
 def _lines(result: dict[str, Any], class_names: list[str] | None) -> list[tuple[str, str]]:
     unknown = None if result["codec"] else "unknown: there is no manifest"
-    resolution = f"{result['resolution']} pixels a side" if result["resolution"] else "images of mixed sizes"
+    resolution = f"{result['resolution']} pixels per side" if result["resolution"] else "images of mixed sizes"
     lines = [
         ("shards", f"{result['shards']:,}"),
         ("samples", f"{result['samples']:,}"),
         ("bytes", f"{result['bytes']:,}"),
-        ("bytes a sample", f"{result['bytes_per_sample']:,.0f}"),
+        ("bytes per sample", f"{result['bytes_per_sample']:,.0f}"),
         ("codec", unknown or result["codec"]),
         ("images of each extension", ", ".join(f"{name} {number:,}" for name, number in result["extensions"].items())),
         ("resolution", unknown or resolution),

@@ -17,7 +17,7 @@ from jitscale.preparation.digits import DIGIT_CLASSES, digit_images
 def main() -> int:
     """Parse the command line and write the shards, unless they are there already."""
     parser = Parser(__doc__)
-    parser.add_number("--resolution", 32, "pixels a side")
+    parser.add_number("--resolution", 32, "pixels per side")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--codec", choices=list(CODECS), default="png", help="stored form (default: %(default)s)")
     parser.add_number("--samples-per-shard", 256, "images in a shard")

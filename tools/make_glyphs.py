@@ -20,7 +20,7 @@ from jitscale.preparation.glyphs import GLYPH_CLASSES, Glyphs
 def main() -> int:
     """Parse the command line and write the shards, unless they are there already."""
     parser = Parser(__doc__)
-    parser.add_number("--resolution", 64, "pixels a side")
+    parser.add_number("--resolution", 64, "pixels per side")
     parser.add_number("--count", 10_000, "images")
     parser.add_number("--seed", 0, "seed of letters, fonts, colours and places", int)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")

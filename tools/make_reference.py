@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output.suffix != ".npz":
         raise UserError(f"--output {options.output}: must end in .npz")
     if is_statistics(source):
-        raise UserError(f"evaluation.reference={source}: is a statistics file already; name shards")
+        raise UserError(f"evaluation.reference={source}: is already a statistics file; name shards")
     refuse_existing(options.output)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with parallel.joined(parallel.choose_device(config.run.device)) as world:

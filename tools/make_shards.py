@@ -216,7 +216,7 @@ def parser() -> Parser:
         "--input", type=path_text, nargs="+", required=True, metavar="SRC", help="images; several inputs become one set"
     )
     found.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    found.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels a side after ADM's crop")
+    found.add_argument("--resolution", type=int, required=True, metavar="R", help="pixels per side after ADM's crop")
     found.add_argument("--codec", choices=PACKING_CODECS, required=True, help="stored form")
     behind = (
         "colour of transparent pixels: white, black or R,G,B; drop shows their hidden colours, as ADM's recipe does"

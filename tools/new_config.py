@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("my.yaml"), metavar="FILE.yaml", help="(default: my.yaml)")
     sizes = "size of the network (default: by the machine and the number of pictures)"
     parser.add_argument("--size", choices=list(SIZES), help=sizes)
-    own = "pixels a side, for shards with pictures of mixed sizes"
+    own = "pixels per side, for shards with pictures of mixed sizes"
     parser.add_argument("--resolution", type=positive, metavar="N", help=own)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs of the run (default: those here, or 1)")

@@ -155,7 +155,7 @@ def _text(plan: dict[str, Any]) -> str:
     cluster, parameters, flops, stages = (plan[key] for key in ("cluster", "parameters", "flops_per_image", "stages"))
     kinds = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in parameters.items() if kind != "total")
     hidden = "hidden behind backward if possible" if cluster["overlap"] else "not hidden in stages 0 to 2"
-    per_gpu = f"{plan['images_per_gpu']} a GPU, in micro-batches of {plan['micro_batch_size']}"
+    per_gpu = f"{plan['images_per_gpu']} per GPU, in micro-batches of {plan['micro_batch_size']}"
     run = {
         "parameters": f"{parameters['total']:,} (millions: {kinds})",
         "TFLOP an image": f"{flops['forward'] / 1e12:.4f} forward, {flops['training'] / 1e12:.4f} in training",
@@ -176,20 +176,20 @@ def _text(plan: dict[str, Any]) -> str:
     paragraphs = [
         f"{plan['caveat']}\n"
         f"Assumptions: products run at {cluster['mfu']:.0%} of {cluster['peak'] / 1e12:g} TFLOP/s; communication at "
-        f"{cluster['intra'] / 1e9:g} GB/s a GPU in a node and {cluster['inter'] / 1e9:g} GB/s between nodes, {hidden}; "
-        f"{cluster['margin']:.0%} of the memory left free.",
+        f"{cluster['intra'] / 1e9:g} GB/s per GPU in a node and {cluster['inter'] / 1e9:g} GB/s between nodes, {hidden}"
+        f"; {cluster['margin']:.0%} of the memory left free.",
         _table(["", ""], run.items()),
         "Memory of a GPU in GB, at the peak of the gradients. Buckets hold gradients that are reduced and weights that "
         "are gathered. Graphs is the additional memory of CUDA graphs.",
         _table(["stage", "checkpointing", *sizes_of, "fits"], memory),
-        f"Communication of a step at this batch ({plan['images_per_gpu']} images a GPU):",
+        f"Communication of a step at this batch ({plan['images_per_gpu']} images per GPU):",
         _communication_table([s for s in stages if s["activation_checkpointing"] == 0]),
         f"The same at the paper's batch ({PAPER_SHARE} images on each of {PAPER_GPUS} GPUs):",
         _communication_table(plan["paper_batch"]),
         "GPUs wait for the part that is not hidden. No batch hides the gather of the new weights after the update.\n"
         "On GPUs, stages 1 to 3 reduce during backward; --no-overlap shows the cost of waiting for all of it.",
         "Time: a step takes the time of the GPUs, or the time in which the host starts its work, whichever is longer:",
-        _table(["stage", "checkpointing", *columns, "images/s", "a GPU", "days", "GPU-hours"], time),
+        _table(["stage", "checkpointing", *columns, "images/s", "per GPU", "days", "GPU-hours"], time),
         f"Recommended: {plan['reason']}",
     ]
     if (choice := plan["recommended"]) is not None:
@@ -200,8 +200,8 @@ def _text(plan: dict[str, Any]) -> str:
 
 
 def _expected(option: dict[str, Any]) -> str:
-    step = f"{option['step_seconds'] * 1e3:.0f} ms a step"
-    speed = f"{option['images_per_second']:.0f} images/s ({option['images_per_second_per_gpu']:.1f} a GPU)"
+    step = f"{option['step_seconds'] * 1e3:.0f} ms per step"
+    speed = f"{option['images_per_second']:.0f} images/s ({option['images_per_second_per_gpu']:.1f} per GPU)"
     return f"{step}, {speed}, {option['days']:.2f} days, {option['gpu_hours']:.0f} GPU-hours"
 
 
@@ -209,16 +209,16 @@ def _warning(plan: dict[str, Any]) -> str:
     """The remedy if the host limits the steps of the recommended choice."""
     choice, fewer, share = plan["recommended"], plan["fewer_gpus"], plan["images_per_gpu"]
     gpu, host = (f"{choice[part] * 1e3:.0f} ms" for part in ("gpu_seconds", "host_seconds"))
-    found = f"WARNING: {share} images a GPU are too few: the host needs {host} to start a step, the GPU {gpu} to do it."
+    found = f"WARNING: {share} images per GPU are too few: the host starts a step in {host}, the GPU runs it in {gpu}."
     if fewer is None:
         remedy = "No smaller number of GPUs takes fewer GPU-hours with this batch: increase data.batch_size"
         return f"{found}\n{remedy}, or measure a step and give --host-ms."
     images, settings = plan["batch_size"] // fewer["gpus"], " ".join(fewer["overrides"])
-    return f"{found}\nWith --gpus {fewer['gpus']}, {images} images a GPU: {_expected(fewer)}.\nThere: {settings}"
+    return f"{found}\nWith --gpus {fewer['gpus']}, {images} images per GPU: {_expected(fewer)}.\nThere: {settings}"
 
 
 def _communication_table(stages: list[dict[str, Any]]) -> str:
-    columns = ["stage", "GB sent a GPU", "ms", "not hidden, ms", "after the update, ms", "share of step"]
+    columns = ["stage", "GB sent per GPU", "ms", "not hidden, ms", "after the update, ms", "share of step"]
     rows = []
     for stage in stages:
         traffic = stage["communication"]

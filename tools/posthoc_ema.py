@@ -109,7 +109,7 @@ def open_snapshots(run: Path, at_images: int | None) -> list[Checkpoint]:
         raise UserError(f"--at-images {at_images}: {run} has no snapshot there; the nearest is {nearest}")
     chosen = [folder for images, folder in folders.items() if at_images is None or images <= at_images]
     if len(chosen) < 2:
-        what = f"{len(chosen)} snapshot up to {at_images or max(folders)} images, a reconstruction needs 2 or more"
+        what = f"{len(chosen)} snapshot up to {at_images or max(folders)} images, but a reconstruction needs 2 or more"
         raise CheckpointError(f"{run}: {what}; train on, or lower ema.snapshot_every_images")
     snapshots = [Checkpoint(folder) for folder in chosen]
     for snapshot in tqdm(snapshots, unit="snapshot", desc="verify", leave=False):

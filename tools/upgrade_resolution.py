@@ -75,7 +75,7 @@ def report(stored: StoredWeights, target: Config, plan: upgrade.Upgrade, folder:
     if resized:
         print(f"  resized by {plan.ratio}: {', '.join(resized)}")
     else:
-        print(f"  resized: nothing; {(new.image_size // new.patch_size) ** 2} tokens of {new.patch_size} pixels a side")
+        print(f"  resized: nothing; {(new.image_size // new.patch_size) ** 2} tokens of {new.patch_size} px per side")
     kept = len(stored.shapes) - len(resized)
     print(f"  kept: the other {kept} tensors of each of {', '.join(stored.weight_sets)}")
     if not any(name in MOMENTS for name in sets):
@@ -119,7 +119,7 @@ def self_check(stored: StoredWeights, name: str, target: Config, plan: upgrade.U
 
 
 def _leaving(stored: StoredWeights, name: str, layer: str, plan: upgrade.Upgrade) -> float:
-    """How far the new output layer's patches, averaged down, are from the old ones (or from the old ones, pooled)."""
+    """The distance of the new output layer's patches, averaged down, from the old ones (or the old ones, pooled)."""
     weight, bias = (stored.tensor(name, f"{layer}.{part}") for part in ("weight", "bias"))
     enter, leave = plan.enter.float(), plan.leave.float()
     old_patch, new_patch = enter.shape
@@ -133,7 +133,7 @@ def _leaving(stored: StoredWeights, name: str, layer: str, plan: upgrade.Upgrade
 
 
 def _of_subspace(stored: StoredWeights, name: str, plan: upgrade.Upgrade) -> float:
-    """How far the new subspace is from orthonormal, or its pooled projections from those of the old one."""
+    """The new subspace's distance from orthonormal, or its pooled projections' distance from the old projections."""
     before = stored.tensor(name, SUBSPACE)
     after = plan.tensor(SUBSPACE, before)
     orthonormal = _difference(after.double().T @ after.double(), torch.eye(after.shape[1], dtype=torch.float64))
@@ -150,7 +150,7 @@ def _of_subspace(stored: StoredWeights, name: str, plan: upgrade.Upgrade) -> flo
 
 
 def _of_velocities(stored: StoredWeights, name: str, target: Config, plan: upgrade.Upgrade) -> float:
-    """How far the velocities of all outputs, pooled, are from those of the old network at the same times."""
+    """The distance of all outputs' pooled velocities from the old network's velocities at the same times."""
     old, new = stored.network(name), upgraded_network(stored, name, target, plan)
     shape, old_settings = image_shape(target.model), stored.config.diffusion
     z, t = target.diffusion.noise_scale * torch.randn(2, *shape), torch.tensor([0.2, 0.7])

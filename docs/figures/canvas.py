@@ -1,4 +1,4 @@
-"""What the drawings share: boxes, arrows and text on a white ground, in inches from the upper left corner."""
+"""The elements of all drawings: boxes, arrows and text on a white ground, in inches from the upper left corner."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ Point = tuple[float, float]
 INK, QUIET, LINE = "#1b2733", "#5b6774", "#8b96a3"
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#C85A00", "#00805E", "#A05080"  # after Okabe and Ito, dark enough for text
 STYLE: Any = {"font.family": "DejaVu Sans", "font.size": 9.0, "text.color": INK}
-DPI = 200  # of pages that show a figure about 8 inches wide in 800 to 1600 pixels
+DPI = 200  # resolution for a page that shows a figure about 8 inches wide in 800 to 1600 pixels
 MONO = "DejaVu Sans Mono"
 ROUND, HEAD, HAIR = 0.06, 0.10, 0.006  # a corner's radius, an arrow's head, half of the gap between two bars
 LINE_HEIGHT = 0.165

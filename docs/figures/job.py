@@ -1,4 +1,4 @@
-"""What a Slurm job decides, and the exit code of its batch script (jitscale/launch/supervisor.py)."""
+"""The decisions of a Slurm job, and the exit codes of its batch script (jitscale/launch/supervisor.py)."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from jitscale.errors import ExitCode
 
 
 class Decision(NamedTuple):
-    """How a job goes on."""
+    """The continuation of a job."""
 
     says: str
     colour: str
-    code: int | None  # of the batch script, if it lives to end with one
+    code: int | None  # exit code of the batch script, if it lives to end with one
 
 
 DONE = Decision("done", GREEN, ExitCode.DONE)

@@ -13,7 +13,7 @@ from figures.canvas import write
 from jitscale.errors import UserError
 
 CLASSES = 10
-LETTER, DIGIT = 128, 64  # pixels a side
+LETTER, DIGIT = 128, 64  # pixels per side
 EACH = 4  # samples of a class that are shown: the first ones
 GAP, APART = 4, 16  # pixels between samples, and between letters and digits
 WITH_GAP = LETTER + GAP

@@ -1,4 +1,4 @@
-"""One training step of JiT-H/16, 64 images of 256 px, on one H200: who works when."""
+"""One training step of JiT-H/16, 64 images of 256 px, on one H200, over time."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from figures.canvas import BLUE, GREEN, LINE, LINE_HEIGHT, ORANGE, PURPLE, QUIET
 PRODUCTS, ATTENTION, FUSED, COMPILED, OPTIMIZER, COPIES = 94, 23, 25, 10, 15, 6
 STEP = 177  # "On a GPU"
 HOST = 78  # "The host limits small shares": an upper bound
-LAUNCHES = 529  # "What the host asks of the GPU"
+LAUNCHES = 529  # "Launches and waits of the host"
 BACKWARD = 2  # forward passes that a backward pass is worth: counted from shapes, not measured
-BUCKETS = 30  # of H's gradients, by jitscale.planner.buckets
+BUCKETS = 30  # number of buckets of H's gradients, by jitscale.planner.buckets
 
 KINDS = {  # label: time, colour, its share on white, and the line below the bar on which the label stands
     "matrix products": (PRODUCTS, BLUE, 0.5, 0),

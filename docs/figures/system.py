@@ -6,7 +6,7 @@ from pathlib import Path
 from figures.canvas import GREEN, LINE, LINE_HEIGHT, ORANGE, QUIET, canvas, tint
 
 EDGE, INSIDE = 0.08, 0.16  # the margin of the figure; from the job's frame to its boxes
-LEFT, BOX, GAP, TALL = EDGE + INSIDE, 1.74, 0.36, 0.98  # of boxes: the first column, width, space between, height
+LEFT, BOX, GAP, TALL = EDGE + INSIDE, 1.74, 0.36, 0.98  # boxes: the first column, width, space between, height
 ROWS = 0.94, 2.22, 3.5  # the upper edges of the boxes
 FRAME = LEFT + BOX + 0.24  # the left edge of the job, whose result lies further left
 WIDTH = FRAME + 2 * INSIDE + 3 * BOX + 2 * GAP + EDGE

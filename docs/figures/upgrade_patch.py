@@ -1,4 +1,4 @@
-"""What an upgrade does to patches: U makes them larger, and D undoes that."""
+"""The effect of an upgrade on patches: U makes them larger, and D reverses that."""
 
 import math
 from dataclasses import dataclass

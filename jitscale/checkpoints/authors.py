@@ -43,7 +43,7 @@ from jitscale.model.layers import sincos_position_table
 
 # The block where the in-context tokens enter. No shape reveals it, so the model name in the file decides.
 IN_CONTEXT_START = {"JiT-B": 4, "JiT-L": 8, "JiT-H": 10, "JiT-G": 10}
-_SIZES = {(12, 768): "JiT-B", (24, 1024): "JiT-L", (32, 1280): "JiT-H", (40, 1664): "JiT-G"}  # by depth and width
+_SIZES = {(12, 768): "JiT-B", (24, 1024): "JiT-L", (32, 1280): "JiT-H", (40, 1664): "JiT-G"}  # keys are (depth, width)
 METHODS = ("euler", "heun")  # the authors' samplers, at uniform times
 # The types as which numpy 2 and 1 pickle numbers. Only dtypes of numbers are allowed, so that no object is unpickled.
 _SCALAR = np.float64(0).__reduce__()[0]

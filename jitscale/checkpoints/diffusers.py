@@ -32,7 +32,7 @@ from jitscale.model.layers import NORM_EPS, sincos_position_table
 FOLDER, CLASS = "transformer", "JiTTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model"
 LARGEST_FILE = 10 * 10**9  # bytes; the limit of diffusers 0.42.1
-_VERSION = "0.42.1"  # of diffusers, whose format is written
+_VERSION = "0.42.1"  # version of diffusers whose format is written
 
 # Key of transformer/config.json -> field of ModelConfig. Both have the same defaults.
 _FIELDS = {
@@ -79,7 +79,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_diffusers(described: Mapping[str, Any]) -> bool:
-    """Whether a config.json describes a model of diffusers, of any class."""
+    """True if a config.json describes a model of diffusers, of any class."""
     return "_class_name" in described or "model_type" in described
 
 

@@ -53,7 +53,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `images` + `skipped_images` is the position in the global sample sequence."""
+    """The progress of a run. `images` + `skipped_images` is the position in the global sample sequence."""
 
     step: int
     images: int
@@ -63,7 +63,7 @@ class Progress:
     bad_samples: int = 0  # images that could not be decoded; another sample replaced each
     skipped_steps: int = 0  # steps with gradients that were not finite
     skipped_images: int = 0  # images skipped after rollbacks
-    class_names: list[str] | None = None  # of the training data, in the order of their numbers; None: unknown
+    class_names: list[str] | None = None  # classes of the training data, in the order of their numbers; None: unknown
 
 
 def step_folder(run_dir: Path, step: int) -> Path:

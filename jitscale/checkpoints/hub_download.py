@@ -15,7 +15,7 @@ _FETCHED = ("*.json", "*.safetensors", "*.pth")
 
 
 def is_hub_address(path: str | Path) -> bool:
-    """Whether `path` is an address on the Hugging Face hub."""
+    """True if `path` is an address on the Hugging Face hub."""
     return str(path).startswith("hf:/")
 
 

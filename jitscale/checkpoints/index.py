@@ -27,9 +27,9 @@ class Index:
     progress: dict[str, Any]
     sets: list[str]  # the optimizer's moments included
     files: dict[str, int]  # name -> bytes
-    sha256: dict[str, str]  # of every file
-    shapes: dict[str, tuple[int, ...]]  # by parameter
-    fragments: dict[str, list[tuple[int, int, int]]]  # by parameter: number of the file, offset, elements
+    sha256: dict[str, str]  # hash of every file, by its name
+    shapes: dict[str, tuple[int, ...]]  # key: parameter
+    fragments: dict[str, list[tuple[int, int, int]]]  # key: parameter; values: number of the file, offset, elements
 
 
 def parse_hashes(text: str) -> dict[str, str]:
@@ -65,7 +65,7 @@ def parse_index(text: str, folder: Path, known_format: int) -> Index:
         _number(size, f"the size of {name}")
     sha256 = parse_hashes(json.dumps(content.get("sha256")))
     if sha256.keys() != files.keys():
-        raise ValueError("its hashes are not those of its files")
+        raise ValueError("its hashes do not match its files")
     shapes, fragments = _parameters(_checked(content.get("parameters"), dict, "parameters"), list(files.values()))
     return Index(progress, _sets(content.get("sets")), files, sha256, shapes, fragments)
 

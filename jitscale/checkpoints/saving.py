@@ -78,7 +78,7 @@ class Save:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's file is written or has failed."""
+        """True if this rank's file is written or has failed."""
         return self._written.done()
 
     def finish(self) -> Path:

@@ -22,7 +22,7 @@ orthonormal only if P has no detail within the new pixels, which holds if P came
 
 An upgrade is linear in the weights, so it applies to every average too. The checkpoint is written tensor by tensor.
 
-Shapes: A channels of an image, P old patch, Q new patch (pixels a side), C hidden size, R rank of the subspace.
+Shapes: A channels of an image, P old patch, Q new patch (pixels per side), C hidden size, R rank of the subspace.
 """
 
 import math
@@ -97,7 +97,7 @@ class Upgrade:
         deviation = float((new.T @ new - torch.eye(new.shape[1], dtype=new.dtype)).abs().max())
         if not deviation <= FAR_FROM_ORTHONORMAL:  # also true for NaN
             size = len(self.leave)
-            what = f"the subspace in patches of {size} pixels a side is not orthonormal (by {deviation:.1e})"
+            what = f"the subspace in patches of {size} pixels per side is not orthonormal (by {deviation:.1e})"
             why = "the old one is damaged" if grows else "it holds detail that these pixels lose"
             raise CheckpointError(f"{what}: {why}; start from {'a sound checkpoint' if grows else 'random weights'}")
         return new
@@ -196,7 +196,7 @@ def write_upgraded(
 
 
 def operators(old: int, new: int, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`enter` (old, new) and `leave` (new, old), in float64, for patches of `old` and `new` pixels a side.
+    """`enter` (old, new) and `leave` (new, old), in float64, for patches of `old` and `new` pixels per side.
 
     Raises a ConfigError if `kernel` is not one of `KERNELS`.
     """

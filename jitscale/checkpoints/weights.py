@@ -22,7 +22,7 @@ from jitscale.errors import CheckpointError, unreadable
 from jitscale.model.jit import JiT, network_holding
 from jitscale.model.layers import sincos_position_table
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of the optimizer
+MOMENTS = ("exp_avg", "exp_avg_sq")  # names of the optimizer's moments
 SUBSPACE = "subspace"
 FIXED = (SUBSPACE,)  # buffers that every weight set holds; they are not trained, so they have no moments
 FAR_FROM_ORTHONORMAL = 1e-4  # largest deviation of a subspace's P^T P from 1; float32 files deviate by 1e-7
@@ -35,11 +35,11 @@ class StoredWeights(ABC):
     """The weight sets of a file or folder; tensors are read on request."""
 
     path: Path
-    config: Config  # of the run that made them; at least `model` and `diffusion` are known
-    shapes: dict[str, tuple[int, ...]]  # by parameter, `FIXED` buffers included
+    config: Config  # configuration of the run that made them; at least `model` and `diffusion` are known
+    shapes: dict[str, tuple[int, ...]]  # key: parameter, `FIXED` buffers included
     weight_sets: list[str]  # their names
     default: str  # the set to use if none is named
-    class_names: list[str] | None = None  # of the training data; None: unknown
+    class_names: list[str] | None = None  # classes of the training data; None: unknown
     optimizer_step: int = 0  # updates that the stored moments have seen; 0: there are no moments
 
     @property
@@ -153,17 +153,17 @@ def open_safetensors(path: Path) -> MappedSafetensors:
 
 
 def is_set_name(name: str) -> bool:
-    """Whether a weight set may have this name. The name is used for a file, so only some characters are allowed."""
+    """True if a weight set may have this name. The name is used for a file, so only some characters are allowed."""
     return name not in MOMENTS and re.fullmatch(r"\w[\w.+-]*", name, re.ASCII) is not None
 
 
 def is_average(name: str) -> bool:
-    """Whether this is the name of an average, `ema_<decay>` or `power_<width>`."""
+    """True if this is the name of an average, `ema_<decay>` or `power_<width>`."""
     return re.fullmatch(r"(ema|power)_\d+(\.\d+)?(e-?\d+)?", name, re.ASCII) is not None
 
 
 def is_position_table(shape: tuple[int, ...] | None, config: Config) -> bool:
-    """Whether a tensor of this shape can be the network's stored position table; `shape` is None if there is none."""
+    """True if a tensor of this shape can be the network's stored position table; `shape` is None if there is none."""
     side = config.model.image_size // config.model.patch_size
     return shape == (1, side * side, config.model.hidden_size)
 

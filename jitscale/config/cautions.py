@@ -3,7 +3,7 @@
 from jitscale.config.schema import Config, ema_name
 
 START_SHARE = 0.5  # share of the initial weights in an average, above which samples are those of the initial network
-LARGE_DEPTH, LARGE_WIDTH = 32, 1280  # of JiT-H, which the paper trains with dropout 0.2 (arXiv 2511.13720, table 9)
+LARGE_DEPTH, LARGE_WIDTH = 32, 1280  # JiT-H, which the paper trains with dropout 0.2 (arXiv 2511.13720, table 9)
 
 
 def cautions(config: Config, images: int) -> list[str]:

@@ -25,7 +25,7 @@ class Setting:
 
     default: Any  # used if neither a file nor an override gives a value
     meaning: str  # a phrase, for `--list-settings` and `--print-config`
-    unit: str = ""  # of a number, if the name does not state it
+    unit: str = ""  # unit of a number, if the name does not state it
     above: float | None = None  # the smallest value, itself excluded
     at_least: float | None = None  # the smallest value
     below: float | None = None  # the largest value, itself excluded

@@ -242,7 +242,7 @@ def _misread(written: yaml.Node | None) -> list[Problem]:
 
 
 def _lies_in_a_run(path: Path) -> bool:
-    """Whether `path` is the config of a run or a checkpoint, by the files next to it."""
+    """True if `path` is the config of a run or a checkpoint, by the files next to it."""
     folder = path.parent
     of_a_run = ((folder / name).exists() for name in ("checkpoints", "index.json"))
     return path.name == "config.yaml" and (any(of_a_run) or any(folder.glob("*.safetensors")))

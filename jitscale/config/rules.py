@@ -100,7 +100,7 @@ def _tokens_to_keep(share: float, image_size: int, patch_size: int) -> Faults:
 def _rank_of_a_patch(rank: int, prediction: str, patch_size: int, channels: int) -> Faults:
     most = patch_elements(ModelConfig(patch_size=patch_size, in_channels=channels))
     if prediction == "asym" and rank > most:
-        yield f"must be in [0, {most}], the numbers of a patch of {patch_size} pixels a side", "for example 8"
+        yield f"must be in [0, {most}], the numbers of a patch of {patch_size} pixels per side", "for example 8"
 
 
 @rule("data.batch_size", "world_size")
@@ -241,7 +241,7 @@ def _patches_of_resolutions(resolutions: list[int], image_size: int, patch_size:
     unit = image_size // math.gcd(image_size, patch_size)
     broken = [f"{patch_size * each / image_size:g}" for each in resolutions if each % unit]
     if broken:
-        yield f"would have patches of {', '.join(broken)} pixels a side", f"give multiples of {unit}"
+        yield f"would have patches of {', '.join(broken)} pixels per side", f"give multiples of {unit}"
 
 
 @rule("progressive.resolutions", "model.position_grid")

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, fields
 
 from jitscale.config.limits import Faults, Setting, distinct, setting
 
-WIDEST_POWER = 12**-0.5  # of a plain mean over the whole run (gamma = 0)
+WIDEST_POWER = 12**-0.5  # width of a plain mean over the whole run (gamma = 0)
 LARGEST_SEED = 2**63 - 1
 # No network is as large. Beyond these limits, the arithmetic about shapes and memory overflows or takes minutes.
 LARGEST_SIDE, WIDEST, DEEPEST, MOST_CLASSES, LARGEST_BATCH = 2**14, 2**17, 512, 2**30, 2**20
 RGB = 3
-CHANNELS = (1, RGB)  # of an image: grey or RGB
+CHANNELS = (1, RGB)  # channels of an image: grey or RGB
 PREDICTIONS = ("x", "e", "v", "asym")
 METHODS = ("euler", "heun", "2m", "ab2")
 # Beyond these limits, neighbouring times of a grid would be equal in float32.
@@ -120,7 +120,7 @@ class DiffusionConfig:
 
 @dataclass
 class DataConfig:
-    """Where the images come from and in which order."""
+    """The images: their source and their order."""
 
     shards: str = setting(
         "",
@@ -184,7 +184,7 @@ class OptimConfig:
 
 @dataclass
 class EngineConfig:
-    """How the devices share a step (DeepSpeed ZeRO), and how they compute it."""
+    """The devices: how they share a step (DeepSpeed ZeRO), and how they compute it."""
 
     zero_stage: int = setting(
         1,
@@ -248,7 +248,7 @@ class EmaConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written, and which ones are kept."""
+    """Checkpoints: when they are written, and which ones are kept."""
 
     every_images: int = setting(1_281_167, "images between two checkpoints", at_least=1)
     keep_last: int = setting(2, "number of complete checkpoints to keep; each save removes older ones", at_least=1)
@@ -341,7 +341,7 @@ class EvaluationConfig:
 
 @dataclass
 class TrackingConfig:
-    """Where the numbers go, besides metrics.jsonl in the run's folder."""
+    """Records of the numbers, besides metrics.jsonl in the run's folder."""
 
     wandb: str = setting("off", "record in Weights & Biases", choices=("online", "offline", "off"))
     project: str = setting("jitscale", "project in Weights & Biases")

@@ -19,7 +19,7 @@ def patch_elements(model: ModelConfig) -> int:
 
 
 def has_fitted_subspace(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
-    """Whether asym's subspace is fitted to data. With rank 0 or full rank there is nothing to fit."""
+    """True if asym's subspace is fitted to data. With rank 0 or full rank there is nothing to fit."""
     return diffusion.prediction == "asym" and 0 < diffusion.rank < patch_elements(model)
 
 
@@ -35,12 +35,12 @@ def routed_blocks(model: ModelConfig) -> range:
 
 
 def middle_is_routed(model: ModelConfig) -> bool:
-    """Whether the middle output layer sees only the tokens that pass through the routed blocks."""
+    """True if the middle output layer sees only the tokens that pass through the routed blocks."""
     return model.middle_head - 1 in routed_blocks(model)
 
 
 def routes(run: RunConfig, images: int) -> bool:
-    """Whether tokens are routed in the step that ends at `images` images seen."""
+    """True if tokens are routed in the step that ends at `images` images seen."""
     return run.route_until_images is None or images <= run.route_until_images
 
 

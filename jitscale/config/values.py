@@ -123,7 +123,7 @@ def escaped(value: Any) -> Any:
 
 
 def has_interpolation(value: Any) -> bool:
-    """Whether `value` is, or has as an element, a text with an interpolation."""
+    """True if `value` is, or has as an element, a text with an interpolation."""
     return any(_INTERPOLATION.search(text) for text in _texts(value))
 
 

@@ -98,7 +98,7 @@ class ShardCache:
         """Hash the copy after a bad sample, and remove the copy if it is damaged; returns whether it was damaged.
 
         If the copy is sound, the sample is bad in the storage too. So each process does this once for each shard, and
-        all processes of a node together once an hour.
+        all processes of a node together once per hour.
         """
         if record.sha256 in self._suspected:
             return False
@@ -162,7 +162,7 @@ class ShardCache:
         return None
 
     def _is_here(self, record: ShardRecord) -> bool:
-        """Whether the complete tar is here and is the file that was verified."""
+        """True if the complete tar is here and is the file that was verified."""
         path = self._file(record, _TAR)
         found = _identity(path)
         if found is None or found[1] != record.bytes:
@@ -181,7 +181,7 @@ class ShardCache:
     def _is_vouched_for(
         self, record: ShardRecord, path: Path, identity: list[int] | None, seconds: float = _TRUSTED_FOR
     ) -> bool:
-        """Whether the lock file records `path` with this identity as verified in the last `seconds`."""
+        """True if the lock file records `path` with this identity as verified in the last `seconds`."""
         known, hashed = self._verified(record).get(path.name, ([], 0.0))
         return known == identity and 0 <= time.time() - hashed < seconds
 

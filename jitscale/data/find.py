@@ -19,7 +19,7 @@ class Tars:
 
     folder: Path
     paths: list[Path]  # sorted
-    manifest: Manifest | None  # of the folder
+    manifest: Manifest | None  # the folder's manifest
     whole_folder: bool  # the pattern is the folder, not some of its tars
 
     def not_in_manifest(self) -> list[Path]:
@@ -51,7 +51,7 @@ def find_tars(pattern: str) -> Tars:
     in `.tar`.
     """
     if pattern.startswith("pipe:") or "://" in pattern:
-        raise DataError(f"{pattern}: is remote, only local folders are read here; copy them or mount the storage")
+        raise DataError(f"{pattern}: is remote, but only local folders are read here; copy them or mount the storage")
     folder, paths = Path(pattern), paths_of(pattern)
     whole_folder = folder.is_dir()
     if not whole_folder:

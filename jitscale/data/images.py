@@ -19,11 +19,11 @@ from jitscale.errors import DataError
 
 UInt8Array = npt.NDArray[np.uint8]
 
-GREY, RGB = CHANNELS = schema.CHANNELS  # of an image
-EXTENSIONS = ("npy", "png", "webp", "jpg", "jpeg")  # of the members of a shard that are its images
+GREY, RGB = CHANNELS = schema.CHANNELS  # channels of an image
+EXTENSIONS = ("npy", "png", "webp", "jpg", "jpeg")  # extensions of the members of a shard that are its images
 # The extension of each codec. All but jpeg are lossless.
 CODECS = {"raw": "npy", "png": "png", "webp": "webp", "jpeg": "jpg"}
-MOST_PIXELS = 2 * 89_478_485  # of one image: Pillow's limit for a decompression bomb
+MOST_PIXELS = 2 * 89_478_485  # limit for one image: Pillow's limit for a decompression bomb
 
 _PILLOW_FORMATS = ("PNG", "WEBP", "JPEG")  # for every extension: ImageNet has a PNG whose name ends in JPEG
 # Method 0 compresses 15 times faster than the default, and files are 10% larger. Training needs a fast decoder only.

@@ -25,7 +25,7 @@ from jitscale.keyed_random import Int64Array, Purpose, hash64
 
 SHARED_MEMORY = Path("/dev/shm")  # worker processes pass batches through it
 
-_MOST_REPLACEMENTS = 10  # of one position; if they all fail, the shards are damaged as a whole
+_MOST_REPLACEMENTS = 10  # limit for one position; if all replacements fail, the shards are damaged as a whole
 
 
 class Batch(NamedTuple):
@@ -55,7 +55,7 @@ class ShardLoader:
     micro_batch_size: int  # B
     rank: int  # r
     world_size: int  # R
-    start_position: int  # of the first global batch
+    start_position: int  # position of the first global batch
     num_workers: int  # processes that read ahead; 0: this process reads
     pin_memory: bool  # copy batches into page-locked memory
 

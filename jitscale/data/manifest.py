@@ -24,7 +24,7 @@ LARGEST_MANIFEST = 1 << 27  # bytes; about 800,000 shards
 class ShardRecord:
     """The manifest's entry for one shard."""
 
-    name: str  # of the file in the manifest's folder
+    name: str  # file name in the manifest's folder
     samples: int
     bytes: int
     sha256: str  # empty if unknown
@@ -43,7 +43,7 @@ class Manifest:
     """The content of a folder of shards."""
 
     codec: str  # raw, png, webp, jpeg; original: the files unchanged; foreign: shards of another program
-    resolution: int | None  # pixels a side of every image; None: original sizes, the reader crops
+    resolution: int | None  # pixels per side of every image; None: original sizes, the reader crops
     num_classes: int  # labels are below it; 0: no labels
     class_names: list[str] | None
     total: int  # samples
@@ -52,9 +52,9 @@ class Manifest:
     enlarged: int = 0  # images whose short side was smaller than `resolution`
     bad: list[BadInput] = field(default_factory=list)
     class_counts: list[int] | None = field(default=None, compare=False)  # samples of each class; None if not counted
-    background: str = "white"  # of transparent images, as text for `parse_background`
+    background: str = "white"  # colour behind transparent images, as text for `parse_background`
     transparent: int | None = None  # images with transparent pixels; None if not counted
-    channels: int = RGB  # of every image, unless the codec is original or foreign
+    channels: int = RGB  # channels of every image, unless the codec is original or foreign
     # digits, glyphs: images that tools of this project drew; None: other images.
     dataset: str | None = field(default=None, compare=False)
     label_key: str = "cls"  # location of the labels, as text for `LabelKey`

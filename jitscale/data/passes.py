@@ -3,7 +3,7 @@
 Training reads by position (`loader`) and packing by offset, because they need other orders. --verify reads by offset
 too: it must continue after damage, name bytes, and not wait for the import of torch, which webdataset needs.
 
-Shapes: B images of a block, S pixels a side, A channels.
+Shapes: B images of a block, S pixels per side, A channels.
 """
 
 import tarfile

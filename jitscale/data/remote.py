@@ -42,7 +42,7 @@ class WrongContentError(Exception):
 
 
 def is_remote(pattern: str) -> bool:
-    """Whether `pattern` is an address in remote storage, not a path."""
+    """True if `pattern` is an address in remote storage, not a path."""
     return pattern.startswith(_SCHEMES)
 
 

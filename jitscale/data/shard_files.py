@@ -34,7 +34,7 @@ class ShardRequest:
     setting: str  # the setting with the pattern, for messages
     size_setting: str  # the setting with the image size, for messages
     all_classes: bool  # manifests must not have fewer classes than `num_classes`
-    channels: int  # of the images as they are read
+    channels: int  # channels of the images as they are read
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class ShardFile:
     """One shard, with everything that is needed to read it."""
 
     location: str  # a path, or a URL
-    record: ShardRecord  # of the manifest; without a manifest, from a scan, with no sha256
+    record: ShardRecord  # record in the manifest; without a manifest, from a scan, with no sha256
     index: tar_index.IndexArray | None  # from a scan; None: a file next to the tar
-    background: Background  # of the manifest; white without a manifest
+    background: Background  # background that the manifest names; white without a manifest
 
     def identities(self) -> Iterator[object]:
         """Marks that two names of a shard share: the file, and the hash in a manifest. An empty shard has none."""
@@ -63,7 +63,7 @@ class ShardFile:
         return tar_index.map_index(tar_index.index_path(Path(self.location))) if self.index is None else self.index
 
     def has_keys(self) -> bool:
-        """Whether a trusted file next to the tar has the keys. Without a manifest, the file may be of another tar."""
+        """True if a trusted file next to the tar has the keys. Without a manifest, the file may be of another tar."""
         return is_remote(self.location) or (self.index is None and tar_index.keys_path(Path(self.location)).exists())
 
     def keys(self) -> UInt64Array:
@@ -174,6 +174,6 @@ def _check_manifests(wanted: ShardRequest, manifests: Sequence[Manifest]) -> Non
             wrong = "says that there are no labels; set model.num_classes=0 (unconditional) or write shards with labels"
         elif image_size is not None and resolution is not None and resolution < image_size:
             size = f"{wanted.size_setting} is {image_size}"
-            wrong = f"says {resolution} pixels a side, {size}; lower it or write larger shards"
+            wrong = f"says {resolution} pixels per side, {size}; lower it or write larger shards"
         if wrong:
             raise DataError(f"{pattern}: the manifest {wrong}")

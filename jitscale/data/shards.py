@@ -42,7 +42,7 @@ from jitscale.keyed_random import Int64Array, Purpose, uniform
 
 logger = logging.getLogger(__name__)
 
-_FIRST_IMAGES = 10  # of which one must be decodable at the start; training replaces undecodable images
+_FIRST_IMAGES = 10  # one of these must be decodable at the start; training replaces undecodable images
 _MOST_MAPPED = 4096  # shards that a process keeps open
 _MOST_HELD_OUT_MAPPED = 2  # held-out shards, which are read in sequence
 _KEY_THREADS = 16  # threads that read the keys of the shards
@@ -66,25 +66,25 @@ class ShardSet:
         self._chosen: list[Int64Array] | None = None  # rows of each tar; None: this set has all samples
         self._has_chosen = False  # True: this set has the chosen rows; False: all others
         self._count(np.array([shard.record.samples for shard in shards], np.int64))
-        self.folder = Path(shards[0].location).parent if cache is None else None  # of the first shard
+        self.folder = Path(shards[0].location).parent if cache is None else None  # folder of the first shard
         self.held_out: ShardSet | None = None  # by `data.held_out`; None: all samples are trained on
         self.class_names = manifests[0].class_names if manifests else None  # None: labels have no names
         self._label_key = label_key(manifests[0] if manifests else None) if wanted.num_classes else NOWHERE
-        self.classes = manifests[0].num_classes if manifests else None  # of the shards; None if unknown
+        self.classes = manifests[0].num_classes if manifests else None  # number of classes; None if unknown
         datasets = {manifest.dataset for manifest in manifests}
         self.dataset = datasets.pop() if len(datasets) == 1 else None  # see `Manifest.dataset`
-        self.stored: dict[str, str | int | None] = {  # of the first manifest; empty without one
+        self.stored: dict[str, str | int | None] = {  # entries of the first manifest; empty without one
             name: getattr(manifest, name) for manifest in manifests[:1] for name in ("codec", "resolution", "crop")
         }
         self.is_hashed = all(shard.record.sha256 for shard in shards)  # the manifests know the content of all shards
         self._enlarge = self.is_hashed and all(manifest.resolution is None for manifest in manifests)
         # Identifies the samples, their order and their background.
         self.manifest_hash = content_hash((shard.record, shard.background) for shard in shards)
-        self.channels = wanted.channels  # of the images as they are read
+        self.channels = wanted.channels  # channels of the images as they are read
         kept = {manifest.channels for manifest in manifests if manifest.resolution is not None}
-        self.stored_channels = kept.pop() if len(kept) == 1 else None  # of the stored images; None if unknown
+        self.stored_channels = kept.pop() if len(kept) == 1 else None  # channels of the stored images; None if unknown
         self.image_size = wanted.image_size or 0
-        self.image_size = self._first_image_size()  # pixels a side; fails now if the size does not fit
+        self.image_size = self._first_image_size()  # pixels per side; fails now if the size does not fit
 
     @classmethod
     def open(
@@ -110,7 +110,7 @@ class ShardSet:
                 because an index of unknown origin may be of another tar. In remote storage (s3://, gs://, https://), a
                 folder with a manifest, or a brace pattern of tars in such a folder.
             num_classes: labels must be below it; 0 for unconditional: labels are ignored and read as 0.
-            image_size: pixels a side, to which larger images are cropped when they are read; None: the size of the
+            image_size: pixels per side, to which larger images are cropped when they are read; None: the size of the
                 first image. Smaller images are enlarged, as in the recipe, if a manifest states that images have their
                 original sizes. Otherwise they are refused, because the shards are probably the wrong ones.
             cache_dir: a folder of this node for remote shards; None: this user's folder in $TMPDIR.
@@ -247,7 +247,7 @@ class ShardSet:
             return self.read(shard, index)  # fetches a new copy
 
     def has_links(self, shard: int, rows: range) -> bool:
-        """Whether images among the consecutive `rows` of `shard` may be links, which a pass in tar order would miss.
+        """True if images among the consecutive `rows` of `shard` may be links, which a pass in tar order would miss.
 
         The bytes of a link are those of an earlier image, or of a member with another name. Raises an OSError if
         headers cannot be read, a DataError as `ShardCache.fetch`.

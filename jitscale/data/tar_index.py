@@ -55,7 +55,7 @@ class TarSample:
     """One sample of a tar, from its headers."""
 
     key: str
-    offset: int  # of the image's bytes in the tar
+    offset: int  # offset of the image's bytes in the tar
     size: int
     extension: str
     label: str | None  # the text of its `cls` member or of another `LabelKey`; None without a label
@@ -98,7 +98,7 @@ class Defect:
     """One fault of a shard."""
 
     path: Path
-    byte: int | None  # of the tar; None: the file as a whole
+    byte: int | None  # byte in the tar; None: the file as a whole
     what: str  # the fault and the remedy, in one line
 
     def __str__(self) -> str:

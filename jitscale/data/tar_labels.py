@@ -16,7 +16,7 @@ class LabelError(ValueError):
 class LabelKey:
     """The location of a sample's label."""
 
-    extension: str = "cls"  # of the member; empty if there are no labels
+    extension: str = "cls"  # extension of the member; empty if there are no labels
     fields: tuple[str, ...] = ()  # path to a nested field of its JSON object
 
     @classmethod

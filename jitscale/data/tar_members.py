@@ -17,7 +17,7 @@ from jitscale.data.tar_labels import fields_of
 LOST_LINK = " as a link without a target"  # after the extension: a kind of member that is skipped
 SPARSE = "is sparse: its stored bytes are not its content; write the tar again without --sparse (-S)"
 
-SPLIT = r"(train|training|val|valid|validation|test|testing|dev|eval)"  # of a data set
+SPLIT = r"(train|training|val|valid|validation|test|testing|dev|eval)"  # names of the splits of a data set
 # File names of labels, also in folders: those of EDM, Hugging Face, COCO, CelebA, Tiny ImageNet and Kaggle.
 _LABEL_FILE = re.compile(
     rf"(.*[_-]|image|{SPLIT})?((dataset|metadata|labels?|annotations?(\.coco)?|solution|attr(_\w+)?)"
@@ -74,19 +74,19 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a member or one of its folders is hidden. An example is `.git/annex`, the store of git-annex."""
+    """True if a member or one of its folders is hidden. An example is `.git/annex`, the store of git-annex."""
     return "." in name and any(part[:1] == "." and part not in (".", "..") for part in name.split("/"))
 
 
 def is_image(name: str) -> bool:
-    """Whether a member of this name is the image of a sample."""
+    """True if a member of this name is the image of a sample."""
     return split_name(name)[1] in EXTENSIONS
 
 
 def is_image_header(block: bytes) -> bool:
-    """Whether the header `block` of a member is surely that of an image. A long name is truncated, so it is not sure.
+    """True if the header `block` of a member surely belongs to an image. A long name is truncated, so it is not sure.
 
-    A damaged header counts as that of an image: a pass in tar order will report the damage.
+    A damaged header counts as an image's: a pass in tar order will report the damage.
     """
     try:
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -101,7 +101,7 @@ def described_kinds(kinds: Counter[str]) -> str:
 
 
 def holds_labels(name: str, read: Callable[[int], bytes], images: Collection[str] = ()) -> bool:
-    """Whether a file among images seems to hold their labels, judged by its `name` or its lines.
+    """True if a file among images seems to hold their labels, judged by its `name` or its lines.
 
     A table or list is read: `read(n)` returns at most its first n bytes. Its first column may hold the names of
     `images` without folder and extension, if these names differ. Raises what `read` raises.

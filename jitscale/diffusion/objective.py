@@ -41,7 +41,7 @@ def interpolate(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
 
 
 def patches_of(images: Tensor, patch: int) -> Tensor:
-    """(B, A, height, width) -> (B, N, D): patches of `patch` pixels a side, in the order row, column, channel."""
+    """(B, A, height, width) -> (B, N, D): patches of `patch` pixels per side, in the order row, column, channel."""
     blocks = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, A, rows, P, columns, P)
     return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 

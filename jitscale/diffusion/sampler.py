@@ -59,11 +59,11 @@ class Sampler:
             raise ValueError(f"time_shift: must be in [{LEAST_SHIFT:g}, {MOST_SHIFT:g}], got {self.time_shift}")
 
     def guides_at(self, t: float) -> bool:
-        """Whether the unconditional prediction is needed at time `t`."""
+        """True if the unconditional prediction is needed at time `t`."""
         return self.guidance_scale != 1.0 and _inside(self.guidance_interval, t)
 
     def guides_internally_at(self, t: float) -> bool:
-        """Whether the prediction of the middle output layer is needed at time `t`."""
+        """True if the prediction of the middle output layer is needed at time `t`."""
         return self.internal_guidance != 1.0 and _inside(self.internal_interval, t)
 
     def steps_before_guidance(self) -> int:

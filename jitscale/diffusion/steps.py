@@ -35,7 +35,7 @@ def times(steps: int, shift: float = 1.0) -> list[float]:
 
 
 def looks_ahead(method: str, t_next: float) -> bool:
-    """Whether a step to `t_next` also evaluates the velocity at `t_next`."""
+    """True if a step to `t_next` also evaluates the velocity at `t_next`."""
     return method == "heun" and t_next < 1.0
 
 

@@ -15,7 +15,7 @@ from jitscale.evaluation.features import Embedding, FeatureNetwork
 from jitscale.evaluation.published import Published
 
 PATCH = 14
-TRAINED_GRID = 37  # patches a side in the position embeddings: 518 px
+TRAINED_GRID = 37  # patches per side in the position embeddings: 518 px
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 

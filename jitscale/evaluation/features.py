@@ -78,7 +78,7 @@ class FeatureNetwork(nn.Module):
     num_features: int  # F
     num_logits: int = 0  # L
     num_spatial: int = 0  # R
-    input_size: int  # every image is resized to this number of pixels a side
+    input_size: int  # every image is resized to this number of pixels per side
 
     def forward(self, images: torch.Tensor) -> Embedding:
         """Embed uint8 `images` (B, A, height, width) of any size. Raises a ValueError at another shape or dtype."""

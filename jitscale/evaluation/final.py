@@ -136,7 +136,7 @@ def _write_result(run_dir: Path, result: dict[str, Any], config: Config, *, is_e
 
 
 def is_configured_end(run_dir: Path, config: Config) -> bool:
-    """Whether `config` describes the final evaluation of the run in `run_dir`; true if the folder has no run.
+    """True if `config` describes the final evaluation of the run in `run_dir`, or if the folder has no run.
 
     A run whose config.yaml says `evaluation.features=auto` accepts any network: at its start no weights were found.
     """

@@ -32,7 +32,7 @@ from jitscale.parallel import World
 
 logger = logging.getLogger(__name__)
 
-GRID_COLUMNS, GRID_ROWS = 8, 10  # of a picture of samples; a row is a class
+GRID_COLUMNS, GRID_ROWS = 8, 10  # a picture of samples; a row is a class
 
 
 def noise_of(seed: int, ids: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:

@@ -167,7 +167,7 @@ class Inception(FeatureNetwork):
 
 
 def resize_as_tensorflow_1(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize float32 `images` (B, 3, H, W) to `size` pixels a side, bilinearly, without antialiasing.
+    """Resize float32 `images` (B, 3, H, W) to `size` pixels per side, bilinearly, without antialiasing.
 
     It is tf.image.resize_bilinear without align_corners: pixel i of the result lies at i * (old / new) of the original.
     The statistics of every published FID were computed with it.

@@ -63,7 +63,7 @@ class FrechetDistance(FrechetInceptionDistance):
         network = nn.Identity()  # features are computed already
         network.num_features = num_features  # type: ignore[assignment]
         super().__init__(network, reset_real_features=False, sync_on_compute=False, compute_with_cache=False)
-        self._root: Float64Array | None = None  # of the covariance of the real features
+        self._root: Float64Array | None = None  # square root of the covariance of the real features
 
     @classmethod
     def from_statistics(cls, mean: Array, covariance: Array) -> FrechetDistance:

@@ -38,8 +38,8 @@ class NetworkFile:
 
     name: str  # in `FEATURE_NETWORKS`
     path: Path  # the file of its weights
-    sha256: str  # of that file
-    suffix: str  # of the names of its arrays; empty for the network of `evaluation.features`
+    sha256: str  # sha256 of that file
+    suffix: str  # suffix of the names of its arrays; empty for the network of `evaluation.features`
 
     @property
     def sizes(self) -> dict[str, int]:

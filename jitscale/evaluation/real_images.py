@@ -53,7 +53,7 @@ KEPT_FEATURES = 50_000  # images whose features are kept, for metrics that compa
 BLOCK = 64  # images that go through the network together
 MOST_SHARES = 64  # shares of the work, for any number of ranks
 ROWS = 1024  # images whose features are added to a covariance at once
-HALVES = 2  # of the images: the distance between them is the floor of all distances
+HALVES = 2  # the distance between the two halves of the images is the floor of all distances
 REMEDY = "make room, or set evaluation.cache_dir"  # if the cache cannot be written
 WAIT_SECONDS = 2.0  # between two checks of another run's progress
 

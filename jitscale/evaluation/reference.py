@@ -27,7 +27,7 @@ FEWEST_REAL_IMAGES = 4  # one half is compared with the other, and a half needs 
 class Reference:
     """The real images with which generated images are compared."""
 
-    statistics: dict[str, FeatureStatistics]  # of the arrays of `NetworkFile.sizes`; a file may lack some
+    statistics: dict[str, FeatureStatistics]  # key: an array of `NetworkFile.sizes`; a file may lack some
     features: npt.NDArray[np.float32] | None  # (M, F), of the main network for some images in random order; if known
     floors: dict[str, float]  # distances between halves of the real images, by array, `kid` and `kid_std`; if known
     facts: dict[str, Any]  # the origin, for the record

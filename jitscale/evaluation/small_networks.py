@@ -13,7 +13,7 @@ from torch import nn
 
 from jitscale.evaluation.features import Embedding, FeatureNetwork
 
-DIGITS_HELD_OUT = slice(0, None, 5)  # of the 1,797 digits, these are not used to train the network
+DIGITS_HELD_OUT = slice(0, None, 5)  # these of the 1,797 digits are not used to train the network
 
 
 class _PooledConvolutions(FeatureNetwork):
@@ -26,7 +26,7 @@ class _PooledConvolutions(FeatureNetwork):
 
     num_features = 64
     num_logits = 10
-    channels: tuple[int, ...]  # of the image and of all layers except the last one, which has `num_features`
+    channels: tuple[int, ...]  # channels of the image and of all layers except the last one, which has `num_features`
     strides: tuple[int, ...]
 
     def __init__(self) -> None:

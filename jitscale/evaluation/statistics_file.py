@@ -41,13 +41,13 @@ class FeatureStatistics(NamedTuple):
 class StoredStatistics(NamedTuple):
     """The content of a file of statistics."""
 
-    statistics: dict[str, FeatureStatistics]  # of the arrays of `NetworkFile.sizes` that the file has
+    statistics: dict[str, FeatureStatistics]  # key: an array of `NetworkFile.sizes` that the file has
     floors: dict[str, float]  # see `Reference`
     facts: dict[str, Any]  # their origin, for the record
 
 
 def is_statistics(source: str) -> bool:
-    """Whether a reference is a file of statistics (possibly unreadable), not shards."""
+    """True if a reference is a file of statistics (possibly unreadable), not shards."""
     path = Path(source)
     if not path.is_file():
         return path.suffix in SUFFIXES and not path.is_dir()

@@ -39,7 +39,7 @@ from jitscale.progressive import stages_of
 FAULT = "preflight: node"  # beginning of a line about one node
 SHARED_FAULT = "preflight: all nodes"  # beginning of a line about a temporary fault of all nodes
 WAIT_SECONDS = 120.0  # for the slowest rank
-COMPARISON_LIMIT = timedelta(minutes=10)  # of one collective; rank 0 may download weights of a feature network
+COMPARISON_LIMIT = timedelta(minutes=10)  # limit for one collective; rank 0 may download weights of a feature network
 BANDWIDTH_BYTES = 64 * 2**20
 DISK_BYTES = 2**20
 PRODUCT_SIZE = 1024

@@ -10,7 +10,7 @@ from jitscale.errors import UserError
 from jitscale.launcher_environment import hosts_in, integer, required
 
 SECONDS = 60.0  # for one command
-COMMANDS = ("srun", "scontrol", "sinfo")  # that the supervisor needs
+COMMANDS = ("srun", "scontrol", "sinfo")  # the commands that the supervisor needs
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SlurmJob:
 
     id: str  # for a task of an array with the task's number, as in 17_3
     nodes: tuple[str, ...]  # their names
-    tasks: int  # of the whole job
+    tasks: int  # tasks of the whole job
     restarts: int  # number of times that Slurm has restarted the job
     partition: str
 

@@ -29,7 +29,7 @@ class Resources:
     """The resources that each job requests from Slurm."""
 
     nodes: int
-    tasks_per_node: int  # ranks, one a GPU
+    tasks_per_node: int  # ranks, one per GPU
     gpus_per_node: int  # 0 for none
     cpus_per_task: int  # cores of a rank
     minutes: int  # the time limit; a job that reaches it is requeued and continues

@@ -45,7 +45,7 @@ class Work:
     """The work of the ranks."""
 
     command: str  # train or evaluate
-    arguments: list[str]  # of the command
+    arguments: list[str]  # arguments of the command
     config: Config
     preflight_arguments: list[str]
     is_done: bool  # an earlier job has completed it

@@ -151,7 +151,7 @@ class ChosenKernel:
     """A kernel that passed a probe at the real shape."""
 
     name: str  # in `KERNELS`
-    version: str  # of its package
+    version: str  # version of its package
     reason: str  # why it was chosen
 
 

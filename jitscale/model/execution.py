@@ -1,4 +1,4 @@
-"""How the network computes on a device: attention kernel, aligned widths, float8, compilation, CUDA graphs.
+"""The execution of the network on a device: attention kernel, aligned widths, float8, compilation, CUDA graphs.
 
 The function that the network computes stays the same. Nothing here is part of a checkpoint: parameters keep their names
 and shapes.
@@ -37,7 +37,7 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Execution:
-    """How the network computes, after all choices; for the log."""
+    """The choices with which the network computes; for the log."""
 
     attention: ChosenKernel
     aligned: bool  # whether feed-forward products are padded to multiples of ALIGNMENT
@@ -49,7 +49,7 @@ class Execution:
 
     @property
     def by_block(self) -> bool:
-        """Whether a block reads its layers' weights itself, so that ZeRO-3 must gather them for the whole block."""
+        """True if a block reads its layers' weights itself, so that ZeRO-3 must gather them for the whole block."""
         return self.aligned or self.compiled or self.float8 or self.fused.name != "torch"
 
     @property
@@ -132,7 +132,7 @@ def prepare(
 
 
 def wants_graphs(engine: EngineConfig, *, compiled: bool) -> bool:
-    """Whether to use CUDA graphs. Default: if blocks are compiled for a GPU and weights stay at their addresses.
+    """True if CUDA graphs are used. Default: if blocks are compiled for a GPU and weights stay at their addresses.
 
     With float8 they are off by default, because the combination is untested.
     """

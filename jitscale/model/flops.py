@@ -49,7 +49,7 @@ def forward_flops(model: ModelConfig, *, training: bool = False) -> int:
         length = block_tokens(model, index, training=training)
         products += length * (4 * width * width + 3 * width * inner)  # qkv, projection, feed-forward
         products += 2 * length * length * width  # q k^T and attention times v
-        products += 6 * width * width  # modulation, once an image
+        products += 6 * width * width  # modulation, once per image
     products += tokens * width * pixels + 2 * width * width
     if training and model.middle_head > 0:
         seen = routed_tokens(model) if middle_is_routed(model) else tokens
@@ -75,7 +75,7 @@ def mean_training_flops(config: Config) -> float:
 
 
 def model_flops_utilisation(config: Config, images: int, rate: float, peak: float) -> float:
-    """The MFU of a device that trains `rate` images a second, with a peak of `peak` TFLOP/s, after `images` images."""
+    """MFU of a device that trains `rate` images per second, with a peak of `peak` TFLOP/s, after `images` images."""
     return rate * training_flops(config.model, routed=routes(config.run, images)) / (peak * 1e12)
 
 

@@ -1,7 +1,7 @@
 """The JiT network: a plain Vision Transformer on pixels (arXiv 2511.13720).
 
 Shapes: B batch, N tokens, K of them kept in routed blocks, C hidden size, A channels of an image, P patch size,
-D = P * P * A numbers of a patch, R rank of a subspace, G = image_size / P tokens a side.
+D = P * P * A numbers of a patch, R rank of a subspace, G = image_size / P tokens per side.
 """
 
 from collections.abc import Mapping

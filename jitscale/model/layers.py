@@ -1,7 +1,7 @@
 """The parts of the network: norms, rotary positions, embedders, attention and feed-forward layers.
 
-Shapes: B batch, N tokens, H heads, D head dim, C hidden size, A channels of an image, P patch size, G tokens a side of
-the image.
+Shapes: B batch, N tokens, H heads, D head dim, C hidden size, A channels of an image, P patch size, G tokens per side
+of the image.
 
 Parameters have the names of the authors' checkpoints, so that their files load unchanged.
 """

@@ -213,7 +213,7 @@ class _BlockGraphs:
     recomputed: bool
     accumulate: bool
     shared: _Pass
-    offset: int = 0  # of the generator before the last forward pass
+    offset: int = 0  # offset of the generator before the last forward pass
     _open: tuple[Tensor, list[Tensor]] | None = None  # the output and its leaves, between the two captures
 
     def __post_init__(self) -> None:

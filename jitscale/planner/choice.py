@@ -19,8 +19,8 @@ class Candidate:
     micro_batch_size: int
     activation_checkpointing: int
     memory: Memory  # bytes on one rank
-    communication: Communication  # of one optimizer step
-    compute_seconds: float  # of one optimizer step, at the given utilisation
+    communication: Communication  # traffic of one optimizer step
+    compute_seconds: float  # time of one optimizer step, at the given utilisation
     host_seconds: float  # time of the host to launch one optimizer step
     fits: bool  # whether the memory stays below the GPU's, less the margin
 
@@ -36,7 +36,7 @@ class Candidate:
 
     @property
     def host_bound(self) -> bool:
-        """Whether the GPU waits for the host, by more than the error of the estimates."""
+        """True if the GPU waits for the host, by more than the error of the estimates."""
         return self.host_seconds > (1 + MIN_GAIN) * self.gpu_seconds
 
 

@@ -18,7 +18,7 @@ from jitscale.model.layers import TIMESTEP_FREQUENCIES, swiglu_width
 from jitscale.planner.buckets import reduce_bucket_elements
 
 FP32 = 4  # bytes
-WEIGHT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}  # of a weight in the forward pass, and in communication
+WEIGHT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}  # bytes per weight in the forward pass, and in communication
 # DeepSpeed 0.19.8's defaults, in elements (runtime/zero/config.py).
 BUCKET_ELEMENTS = 500_000_000  # reduce_bucket_size on CPUs; on GPUs buckets.py chooses it
 LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters
@@ -48,10 +48,10 @@ class Memory:
     are free by then.
     """
 
-    weights: float  # of the forward pass; in stage 3 this rank's shard, and small weights that are kept whole
+    weights: float  # weights for the forward pass; in stage 3 this rank's shard, and small weights that are kept whole
     gradients: float  # accumulated by backward
     masters: float  # the optimizer's float32 weights, next to `weights`
-    moments: float  # of the optimizer
+    moments: float  # moments of the optimizer
     averages: float  # the EMA weights
     buckets: float = 0.0  # DeepSpeed's communication buffers on a GPU; in stage 3 also gathered weights
     activations: float = 0.0  # kept by the forward pass of a micro-batch for backward

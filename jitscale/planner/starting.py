@@ -15,7 +15,7 @@ from jitscale.planner.choice import Candidate, recommend
 from jitscale.planner.timing import Cluster
 
 GPU_TOKENS, CPU_TOKENS = 16, 8  # per side of an image: the paper's 16; 8 on CPUs, a quarter of the tokens
-# Pixels a side up to which the noise scale is 1: that of the paper's recipe, and that of the CPU runs in
+# Pixels per side up to which the noise scale is 1: that of the paper's recipe, and that of the CPU runs in
 # docs/experiments.md. On a CPU at 128 px, patches of a letter fit together badly with noise scale 1, and well with 4.
 GPU_RESOLUTION, CPU_RESOLUTION = 256, 32
 FEWEST_TOKENS, MOST_TOKENS = 4, 32  # per side, the range in which a patch size is searched
@@ -24,7 +24,7 @@ LEARNED_BY_HEART = 1000  # with fewer pictures, samples are mostly copies of the
 MOST_EPOCHS = 2000
 FEWEST_TO_HOLD_OUT = 200  # with fewer pictures, all are needed for training
 PARTS = 10  # parts of the run; after each, it saves, draws samples and measures
-LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)  # of averages, in steps; the last is the paper's
+LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)  # averages' lengths in steps; the last is the paper's
 LEAST_SHARE = 16  # pictures per GPU and step, as in the paper on 64 GPUs; with fewer, a GPU waits for its host
 
 NO_CLASSES = "guidance needs at least two classes"
@@ -45,7 +45,7 @@ class Pictures:
     shards: str  # the value of `data.shards`
     count: int
     classes: int  # 0: they have no labels
-    image_size: int  # pixels a side
+    image_size: int  # pixels per side
     channels: int = RGB
 
 
@@ -67,7 +67,7 @@ class _Size:
     lr: float  # at this batch
     steps: int  # at this batch
     guidance: float
-    source: str  # of these numbers
+    source: str  # source of these numbers
 
 
 def _network(width: int, depth: int, heads: int, bottleneck: int, class_tokens: int) -> ModelConfig:
@@ -160,9 +160,9 @@ def _model_of(model: ModelConfig, pictures: Pictures, tokens: int) -> ModelConfi
     size = pictures.image_size
     dividing = [n for n in range(FEWEST_TOKENS, min(size, MOST_TOKENS) + 1) if size % n == 0]
     if not dividing:
-        fault = f"no number of patches from {FEWEST_TOKENS} to {MOST_TOKENS} a side divides it"
+        fault = f"no number of patches from {FEWEST_TOKENS} to {MOST_TOKENS} per side divides it"
         nearest = max(1, round(size / GPU_TOKENS)) * GPU_TOKENS
-        raise ConfigError(f"{pictures.shards}: {size} pixels a side: {fault}; pack with --resolution {nearest}")
+        raise ConfigError(f"{pictures.shards}: {size} pixels per side: {fault}; pack with --resolution {nearest}")
     side = min(dividing, key=lambda n: (abs(n - tokens), n))
     patch, channels = size // side, pictures.channels
     return replace(model, image_size=size, patch_size=patch, in_channels=channels, num_classes=pictures.classes)
@@ -226,7 +226,7 @@ def _model_lines(model: ModelConfig, name: str, chosen: _Size, pictures: Picture
     why = f"for {pictures.count:,} pictures" if on_gpu else "a CPU trains it in minutes"
     classes = "as in the shards" if pictures.classes else "the shards have no labels"
     return [
-        Line("model.image_size", model.image_size, "pixels a side, as in the shards"),
+        Line("model.image_size", model.image_size, "pixels per side, as in the shards"),
         Line("model.patch_size", model.patch_size, tokens),
         *([Line("model.in_channels", model.in_channels, "the shards are grey")] if model.in_channels != RGB else []),
         Line("model.hidden_size", model.hidden_size, f"{fitting}; {why}"),

@@ -65,7 +65,7 @@ def communication(config: Config, cluster: Cluster) -> Communication:
 
     Weights and gradients are sent in float32 (fp32, autocast) or in bf16 (bf16). Stages 0, 1 and 2 all-reduce
     gradients: DeepSpeed 0.19.8 does so in stages 1 and 2 too (`use_multi_rank_bucket_allreduce`), at twice the cost of
-    a reduce-scatter. Stages 0 and 1 do it once a step, stage 2 in every micro-batch. Stages 1 and 2 gather the new
+    a reduce-scatter. Stages 0 and 1 do it once per step, stage 2 in every micro-batch. Stages 1 and 2 gather the new
     weights after the update. Stage 3 gathers the weights in forward and again in backward, and reduce-scatters
     gradients, in every micro-batch. With `hpz` (ZeRO++), the gather of backward stays within a node.
 

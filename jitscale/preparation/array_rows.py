@@ -39,13 +39,13 @@ class ArrayHeader:
 
     @property
     def has_planes(self) -> bool:
-        """Whether an image is three square planes: (3 S S,) or (3, S, S)."""
+        """True if an image is three square planes: (3 S S,) or (3, S, S)."""
         side = isqrt(self.row_bytes // 3)
         return 3 * side * side == self.row_bytes and self.shape[1:] in ((self.row_bytes,), (3, side, side))
 
     @property
     def is_images(self) -> bool:
-        """Whether the array holds RGB images of a form that is read."""
+        """True if the array holds RGB images of a form that is read."""
         is_stack = len(self.shape) == 4 and self.shape[3] == 3
         sound = self.dtype == np.uint8 and not self.column_major and len(self.shape) > 1 and self.row_bytes > 0
         return sound and (is_stack or self.has_planes)

@@ -9,7 +9,7 @@ from jitscale.errors import UserError
 DIGIT_CLASSES = [str(digit) for digit in range(10)]
 
 
-MOST_PIXELS = 512  # a side; all digits together are in memory
+MOST_PIXELS = 512  # per side; all digits together are in memory
 
 
 def digit_images(resolution: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -18,7 +18,7 @@ def digit_images(resolution: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
     Raises a UserError if scikit-learn is not installed, or the images would fill the memory.
     """
     if resolution > MOST_PIXELS:
-        raise UserError(f"resolution {resolution}: must be at most {MOST_PIXELS} pixels a side for digits of 8 x 8")
+        raise UserError(f"resolution {resolution}: must be at most {MOST_PIXELS} pixels per side for digits of 8 x 8")
     try:
         from sklearn.datasets import load_digits  # noqa: PLC0415
     except ImportError as error:

@@ -81,7 +81,7 @@ def find_sources(
     search, paths = Search(options or FindOptions()), SourcePaths()
     images = chain.from_iterable(_images_of(search, name) for name in inputs)
     names: dict[str, int] = {}
-    places: dict[int, str] = {}  # by label code: the place of the first label with it
+    places: dict[int, str] = {}  # key: label code; value: the place of the first label with it
     chunks = []
     while chunk := list(islice(images, _CHUNK)):
         rows = []

@@ -29,9 +29,9 @@ GLYPH_FONTS = [
 ]
 
 LARGEST_ANGLE = 10.0  # degrees to either side
-HEIGHTS = 0.55, 0.75  # of the image's side
-LARGEST_SHIFT = 0.05  # of the image's side, on each axis
-BRIGHTEST_GROUND, DARKEST_LETTER = 0.25, 0.5  # of each colour channel, in [0, 1]
+HEIGHTS = 0.55, 0.75  # smallest and largest height, as a share of the image's side
+LARGEST_SHIFT = 0.05  # shift on each axis, as a share of the image's side
+BRIGHTEST_GROUND, DARKEST_LETTER = 0.25, 0.5  # limits for each colour channel, in [0, 1]
 FINEST = 4096  # pixels of a letter's height; so finely its curves are drawn as lines
 
 

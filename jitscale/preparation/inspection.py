@@ -28,8 +28,8 @@ Record = tuple[int, int, int, bytes]  # an entry of an index: offset, size, labe
 # One image: its size in pixels; mean and mean square of each channel, in [0, 255]; whether all channels are equal.
 IMAGE = np.dtype([("width", "<i8"), ("height", "<i8"), ("mean", "<f8", RGB), ("square", "<f8", RGB), ("grey", "?")])
 
-SHEET_TILES = 8  # a side of the contact sheet
-TILE = 80  # pixels a side
+SHEET_TILES = 8  # tiles per side of the contact sheet
+TILE = 80  # pixels per side
 CAPTION = 14  # pixels of height below a tile
 
 _SMALL_SIDES = (256, 512)  # the resolutions of the recipe: smaller images are enlarged
@@ -43,13 +43,13 @@ _LARGEST_SHEET = 1_000_000  # bytes; a larger sheet is reduced to 256 colours
 class Collection:
     """Shards as their manifest and indices describe them. No image has been opened."""
 
-    paths: list[Path]  # of the tars that are there
-    indices: list[IndexArray]  # one a tar
-    backgrounds: list[Background]  # of transparent images, one a tar
+    paths: list[Path]  # paths of the tars that exist
+    indices: list[IndexArray]  # one per tar
+    backgrounds: list[Background]  # background of transparent images, one per tar
     bytes: int
     manifest: Manifest  # without one: the classes of a scan, and an empty codec
     manifest_hash: str  # as `ShardSet` computes it
-    defects: list[Defect]  # sorted; of tars that are missing, or that were scanned because they have no index
+    defects: list[Defect]  # sorted; tars that are missing, or that were scanned because they have no index
 
     @property
     def samples(self) -> int:
@@ -122,7 +122,7 @@ def balance(collection: Collection) -> dict[str, Any]:
 
 
 def extensions(collection: Collection) -> dict[str, int]:
-    """How many images there are of each extension."""
+    """The number of images of each extension."""
     counts = Counter(chain.from_iterable(index["extension"].tolist() for index in collection.indices))
     return {name.decode(): number for name, number in counts.most_common()}
 

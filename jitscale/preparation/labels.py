@@ -14,7 +14,7 @@ from jitscale.keyed_random import Int64Array
 REFUSED = int(np.iinfo(np.int32).min)  # the code of a text that is no label; the caller reports it
 
 _FIRST_NAME = NO_LABEL - 1
-_NAMES_SHOWN = 3  # at each end
+_NAMES_SHOWN = 3  # number of names at each end
 _LIKE_A_NUMBER = re.compile(r"[+-]?\d+([.,]\d*)?([eE][+-]?\d+)?")
 
 

@@ -23,14 +23,14 @@ Sample = dict[str, "str | bytes"]  # for webdataset: __key__, the image under it
 class ShardTask:
     """One shard to be written, from images in any files. It is small enough to be sent to another process."""
 
-    path: Path  # of the shard
+    path: Path  # path of the shard
     root: str  # relative paths of sources start here
-    sources: dict[int, Source]  # by number, which becomes the key
+    sources: dict[int, Source]  # key: number, which becomes the key of the sample
     codec: str  # one of CODECS, or ORIGINAL
-    resolution: int  # pixels a side; with ORIGINAL, only smaller images are counted
+    resolution: int  # pixels per side; with ORIGINAL, only smaller images are counted
     most_bad: int  # most inputs that may be bad
-    background: Background = WHITE  # of transparent images
-    channels: int = images.RGB  # of the images that are stored
+    background: Background = WHITE  # background of transparent images
+    channels: int = images.RGB  # channels of the images that are stored
     image_column: str | None = None  # for inputs with several columns of images
 
 

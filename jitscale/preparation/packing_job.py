@@ -76,11 +76,11 @@ class PackingJob:
         self._refresh()
 
     def missing(self, shards: Sequence[int]) -> list[int]:
-        """Those of `shards` that are not written, as far as this task knows."""
+        """The numbers in `shards` that are not written, as far as this task knows."""
         return [shard for shard in shards if shard not in self._packed]
 
     def images_of(self, shards: Sequence[int]) -> int:
-        """How many inputs belong to `shards`."""
+        """The number of inputs that belong to `shards`."""
         return sum(len(self._slice(shard)) for shard in shards)
 
     def run(self, shards: Sequence[int], workers: int) -> Generator[PackedShard, None, None]:
@@ -210,7 +210,7 @@ class PackingJob:
 
 
 def default_most_bad(images: int) -> int:
-    """How many of `images` may be bad by default: the same share as in training."""
+    """The default limit of bad images among so many `images`: the same share as in training."""
     return max(10, images // 10_000)
 
 

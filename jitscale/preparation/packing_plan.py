@@ -37,11 +37,11 @@ class PackingOptions:
 
     input: list[str]
     codec: str  # one of PACKING_CODECS
-    resolution: int  # pixels a side
+    resolution: int  # pixels per side
     samples_per_shard: int
-    seed: int  # of the order
-    background: str = str(WHITE)  # of transparent images, as `parse_background` reads it
-    channels: int = RGB  # of the images that are stored
+    seed: int  # seed of the order
+    background: str = str(WHITE)  # background of transparent images, as `parse_background` reads it
+    channels: int = RGB  # channels of the images that are stored
     finding: FindOptions = field(default_factory=FindOptions)  # facts about the input that the user gives
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class PackingOptions:
             raise DataError(f"codec {self.codec!r}: is unknown; choose one of {', '.join(PACKING_CODECS)}")
         most = math.isqrt(MOST_PIXELS)
         if not 1 <= self.resolution <= most:
-            raise DataError(f"resolution {self.resolution}: is not in 1..{most} pixels a side")
+            raise DataError(f"resolution {self.resolution}: is not in 1..{most} pixels per side")
         if self.samples_per_shard < 1:
             raise DataError(f"samples per shard {self.samples_per_shard}: at least 1 is needed; the default is 1000")
         if self.channels not in CHANNELS:

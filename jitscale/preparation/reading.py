@@ -19,9 +19,9 @@ from jitscale.preparation.forms.kinds import LFS_POINTER
 from jitscale.preparation.row_files import ImageRows, open_rows
 from jitscale.preparation.sources import Source, Storage, located
 
-MOST_BYTES = 1 << 30  # of one image's file; larger files are not images, and are never loaded
+MOST_BYTES = 1 << 30  # limit for one image's file; larger files are not images, and are never loaded
 
-_MOST_OPEN_FILES = 256  # of a process; 1024 is a usual limit
+_MOST_OPEN_FILES = 256  # limit for each process; 1024 is a usual limit of the system
 _DAMAGED_ARRAYS = (zipfile.BadZipFile, zlib.error, EOFError, KeyError)
 # These are faults of the process, not of the file: to continue would drop good images.
 _OUR_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

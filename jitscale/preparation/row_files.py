@@ -26,13 +26,13 @@ _BUFFER = 1 << 20  # bytes that are read at once; by default pyarrow holds the i
 _MAPPED = 100  # rows of a mapped stream that stay neighbours
 _DECODED = 1000  # rows of a row group that stay neighbours: to begin inside it, all rows before must be decoded
 _PASSED_OVER = 8 << 30  # most bytes of one row group that may be decoded only to get to later rows
-_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
-_FILE_MAGIC = b"ARROW1"  # of an Arrow file with a footer
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # last bytes of an Arrow stream
+_FILE_MAGIC = b"ARROW1"  # first bytes of an Arrow file with a footer
 _BYTES, _PATH = "bytes", "path"  # fields of an image's struct, as the Hugging Face hub has it
 
 
 class Column(Enum):
-    """What a column can hold."""
+    """The kinds of content of a column."""
 
     STRUCT = auto()  # an image: its bytes, and maybe its path
     BINARY = auto()  # an image: its bytes
@@ -50,7 +50,7 @@ class Batch:
     columns: Any  # pyarrow.RecordBatch with the requested columns; None if none was requested
 
     def values(self, column: str) -> list[object]:
-        """The values of a column, one a row."""
+        """The values of a column, one per row."""
         array = self.columns.column(column)
         return (array.dictionary_decode() if hasattr(array, "dictionary_decode") else array).to_pylist()
 
@@ -74,7 +74,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stored:
-    """How the images of a group are stored."""
+    """The storage of a group's images."""
 
     without_bytes: bool  # as far as is known, no image has bytes, at most a path
     mean: int  # bytes of an image
@@ -97,7 +97,7 @@ class RowFile(ABC):
 
     @abstractmethod
     def stored(self, image: str, batch: Batch) -> Stored:
-        """How the images of the column `image` are stored in the group of `batch`."""
+        """The storage of the images of the column `image` in the group of `batch`."""
 
     @abstractmethod
     def end_of_way(self, batch: Batch) -> int:
@@ -188,7 +188,7 @@ class _ParquetRows(RowFile):
         rows = self._starts[batch.group + 1] - self._starts[batch.group]
         counts = chunk.statistics
         empty = counts is not None and counts.has_null_count and counts.null_count == rows
-        empty = empty or chunk.physical_type != "BYTE_ARRAY"  # of a column in which pandas met no value
+        empty = empty or chunk.physical_type != "BYTE_ARRAY"  # pandas writes another type if it met no value
         size = max(chunk.total_uncompressed_size, 1)
         blocks = min(-(-rows // _DECODED), max(_PASSED_OVER // size, 1))
         together = -(-rows // blocks)

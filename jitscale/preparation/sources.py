@@ -18,7 +18,7 @@ from jitscale.keyed_random import Int64Array, Purpose, permutation
 
 NO_GROUP = -1
 
-# 33 bytes an image: 100 million of them in webdataset tars take 3.3 GB.
+# 33 bytes per image: 100 million of them in webdataset tars take 3.3 GB.
 SOURCE = np.dtype(
     [
         *(("path", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4"), ("extension", "S4")),
@@ -28,7 +28,7 @@ SOURCE = np.dtype(
 
 
 class Storage(IntEnum):
-    """How an image is stored in its file; `reading` has a reader for each."""
+    """The ways in which a file stores an image; `reading` has a reader for each."""
 
     FILE = 0  # the file is the image
     BYTES = 1  # `size` bytes from `offset` on
@@ -46,7 +46,7 @@ _ADDRESS = "hf://"  # begins the path of a file on the Hugging Face hub
 
 
 def is_address(path: str) -> bool:
-    """Whether `path` is an address on the Hugging Face hub, not a path of this machine."""
+    """True if `path` is an address on the Hugging Face hub, not a path of this machine."""
     return path.startswith(_ADDRESS)
 
 
@@ -57,7 +57,7 @@ def located(path: str, root: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """Where one image lies."""
+    """The place of one image on the disk or on the hub."""
 
     path: str  # a path, or an address such as hf://
     extension: str  # one of EXTENSIONS, from the name; empty: the first bytes tell
@@ -68,7 +68,7 @@ class Source:
 
     @property
     def place(self) -> str:
-        """Where the image is, for a message: one line of printable text."""
+        """The image's place, for a message: one line of printable text."""
         text = os.fsencode(self.path).decode("utf-8", "backslashreplace")
         plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
         if self.storage == Storage.FILE:
@@ -86,7 +86,7 @@ class SourceTable:
     num_classes: int  # labels are below it; 0: there are no labels
     class_names: list[str] | None  # None if labels are numbers without names, or there are none
     ignored: Counter[str]  # files that were no images, by extension
-    notes: list[str]  # remarks about the input for the user, one a line
+    notes: list[str]  # remarks about the input for the user, one per line
 
     def __len__(self) -> int:
         return len(self.table)

@@ -53,7 +53,7 @@ class Survey:
 
     tars: Tars
     manifest: Manifest
-    scans: list[ShardScan]  # one a tar
+    scans: list[ShardScan]  # one per tar
     defects: list[Defect]  # sorted; if there is any, the other fields do not describe the tars
 
     @property

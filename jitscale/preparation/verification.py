@@ -125,7 +125,7 @@ def _labels(path: Path, manifest: Manifest, samples: list[TarSample]) -> tuple[l
 
 
 def _index_defects(path: Path, fresh: tar_index.IndexArray, wrong_labels: list[int]) -> list[Defect]:
-    """Where the index differs from the headers of the tar, except in `wrong_labels`, which are defects already."""
+    """The index's differences from the headers of the tar, except in `wrong_labels`, which are defects already."""
     beside = tar_index.index_path(path)
     if not beside.exists():
         return [Defect(path, None, f"has no index next to it; {_REBUILD}")]
@@ -179,5 +179,5 @@ def _image_defects(path: Path, resolution: int | None, samples: list[TarSample],
             what = f"byte {sample.offset}: sample {row} needs more memory than there is"
             raise DataError(f"{path}: {what}; use fewer --workers") from error
         if resolution not in (None, width) or resolution not in (None, height):
-            what = f"is {width} x {height} pixels, the manifest says {resolution} a side"
+            what = f"is {width} x {height} pixels, but the manifest says {resolution} per side"
             yield Defect(path, sample.offset, f"sample {row} {what}; write the shard or the manifest again")

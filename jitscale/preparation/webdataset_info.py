@@ -34,7 +34,7 @@ def counts_of(folder: Path, names: Collection[str], *, whole: bool) -> dict[str,
 
 
 def wrong_count(counts: dict[str, int], name: str, samples: int) -> str:
-    """How the tar `name` differs from `counts`, and the remedy; empty if it does not differ. See `counts_of`."""
+    """The difference of the tar `name` from `counts`, and the remedy; empty if there is none. See `counts_of`."""
     if not counts or counts.get(name) == samples:
         return ""
     if name not in counts:

@@ -214,7 +214,7 @@ class ZeroEngine:
             state.clear()
             if optimizer_step > 0:
                 state.update({name: torch.zeros_like(flat) for name in (("exp_avg",) if by_muon else MOMENTS)})
-                if not by_muon:  # one tensor for each flat: a shared one would be advanced several times a step
+                if not by_muon:  # one tensor for each flat: a shared one would be advanced several times per step
                     state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
         return {"model": self.masters(), **self.moments()}
 
@@ -283,7 +283,7 @@ class ZeroEngine:
         self._engine.destroy()
 
     def _fragments(self) -> Iterator[Fragment]:
-        """Where this rank's part of each parameter lies in its flat masters."""
+        """The positions in the flat masters of this rank's part of each parameter."""
         if self.stage == 0:
             yield from self._even_shares()
         elif self.stage < 3:

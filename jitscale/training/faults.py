@@ -64,7 +64,7 @@ class FaultInjection:
             fault.injected += 1
 
     def inject(self) -> None:
-        """Kill, hang or delay the process if such a fault is due, once a step."""
+        """Kill, hang or delay the process if such a fault is due, once per step."""
         for fault in [fault for fault in self._due if fault.kind in ("kill", "hang", "slow")]:
             self._due.remove(fault)
             if fault.kind == "kill":

@@ -3,7 +3,7 @@
 Every draw is a function of the run's seed and a sample's position in the global sequence. Therefore a resumed run
 repeats nothing and skips nothing, on any number of ranks.
 
-Shapes: B images of a micro-batch, A channels, S pixels a side, K tokens that pass through the routed blocks.
+Shapes: B images of a micro-batch, A channels, S pixels per side, K tokens that pass through the routed blocks.
 """
 
 from collections.abc import Generator, Iterable, Iterator

@@ -14,10 +14,10 @@ class LogPoint(NamedTuple):
 
     stop: bool  # any rank received a signal to stop
     writing: bool  # any rank still writes its file of a checkpoint
-    bad_samples: int  # of all ranks, counted as `BadSamples.here`
-    rate: float  # images a second, by rank 0's clock
-    loss: float  # of the output layer, mean over the batch
-    middle_loss: float  # of the middle output layer; 0 without one
+    bad_samples: int  # number over all ranks, counted as `BadSamples.here`
+    rate: float  # images per second, by rank 0's clock
+    loss: float  # loss of the output layer, mean over the batch
+    middle_loss: float  # loss of the middle output layer; 0 without one
     loss_by_noise_level: dict[str, float | None]  # as `LossByNoiseLevel.means`
     slow_ranks: list[tuple[int, float, float]]  # as `RankTimes.slow_ranks`; known to rank 0 only
 

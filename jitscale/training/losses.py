@@ -1,6 +1,6 @@
 """The losses of a step: of the output layer, and of the middle output layer if the network has one.
 
-Shapes: B images of a micro-batch, A channels, S pixels a side, K tokens that pass through the routed blocks.
+Shapes: B images of a micro-batch, A channels, S pixels per side, K tokens that pass through the routed blocks.
 """
 
 import torch

@@ -31,7 +31,7 @@ class _Owned:
 
 
 class MatrixSharing:
-    """Which rank owns each matrix, and which elements go where."""
+    """The owner of each matrix among the ranks, and the elements that the ranks send to each other."""
 
     def __init__(self, fragments: Sequence[Sequence[Fragment]], rank: int, cost: Callable[[Shape], float]) -> None:
         """Distribute the matrices in the `fragments` of all ranks; this rank is number `rank`.
@@ -46,7 +46,7 @@ class MatrixSharing:
         # Messages hold the pieces in the order of `names`.
         sent = [[held[rank][name] for name in names[owner] if name in held[rank]] for owner in ranks]
         received = [[held[source][name] for name in names[rank] if name in held[source]] for source in ranks]
-        self.pieces = [f for message in sent for f in message]  # of this rank, in the order of sending
+        self.pieces = [f for message in sent for f in message]  # pieces of this rank, in the order of sending
         self._sent = [sum(f.length for f in message) for message in sent]
         self._received = [sum(f.length for f in message) for message in received]
         places: dict[str, list[tuple[int, int, int]]] = {name: [] for name in names[rank]}

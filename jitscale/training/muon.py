@@ -39,7 +39,7 @@ class Muon(torch.optim.AdamW):
         self._numbers: dict[torch.Tensor, int] = {}
         self._fragments: Sequence[Sequence[Fragment]] = ()
         self._rank = 0
-        self._sharings: dict[tuple[int, ...], MatrixSharing] = {}  # by the numbers of the flat tensors of a step
+        self._sharings: dict[tuple[int, ...], MatrixSharing] = {}  # key: the numbers of the flat tensors of a step
 
     def lay_out(self, flats: Mapping[int, torch.Tensor], fragments: Sequence[Sequence[Fragment]], rank: int) -> None:
         """Set which matrices the flat tensors hold; must be called before the first step.
@@ -92,7 +92,7 @@ class Muon(torch.optim.AdamW):
         self._sharing(tuple(stepped)).compute(fill, orthogonalize, take, like)
 
     def _sharing(self, numbers: tuple[int, ...]) -> MatrixSharing:
-        """How the ranks share the matrices in these flat tensors."""
+        """The distribution over the ranks of the matrices in these flat tensors."""
         if numbers not in self._sharings:
             pieces = [[f for f in own if f.flat in numbers and f.length > 0] for own in self._fragments]
             self._sharings[numbers] = MatrixSharing(pieces, self._rank, orthogonalize_flops)

@@ -1,6 +1,6 @@
 """From pixels to noisy images. It needs only torch, because the benchmark of a step runs without other packages.
 
-Shapes: B images, A channels, S pixels a side.
+Shapes: B images, A channels, S pixels per side.
 """
 
 import torch

@@ -38,7 +38,7 @@ from jitscale.training.watch import BadSamples
 
 logger = logging.getLogger(__name__)
 
-MOST_FAILED_SAVES = 3  # in a row
+MOST_FAILED_SAVES = 3  # limit for failed saves in a row
 
 _TRAINING_SETTINGS = (  # besides the groups model, diffusion, optim and ema
     *("data.batch_size", "data.flip", "engine.precision", "engine.float8"),
@@ -61,7 +61,7 @@ class Persistence:
     bad_samples: BadSamples  # their count is saved
     faults: FaultInjection
     data: DataIdentity
-    class_names: list[str] | None  # of the training data; None: unknown
+    class_names: list[str] | None  # classes of the training data; None: unknown
     claim: Claim
     saved_step: int | None = None
     _saving: Save | None = field(default=None, init=False)
@@ -173,7 +173,7 @@ class Persistence:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes its file of a checkpoint."""
+        """True if this rank still writes its file of a checkpoint."""
         return self._saving is not None and not self._saving.is_written
 
     def finish_save(self, *, last: bool = False) -> None:

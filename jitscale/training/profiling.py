@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 FIRST, LAST = 20, 25  # steps of this process, after compilation and the first allocations
-KERNELS = 20  # in the table
+KERNELS = 20  # number of rows of the table
 
 logger = logging.getLogger(__name__)
 

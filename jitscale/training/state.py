@@ -1,4 +1,4 @@
-"""How far a run is: its counters, which are equal on all ranks, and values that follow from them."""
+"""The progress of a run: its counters, which are equal on all ranks, and values that follow from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class RunState:
             self.skipped_steps += not one
 
     def crossed(self, every_images: int, batch_size: int) -> bool:
-        """Whether the last step crossed a multiple of `every_images`; never if that is 0."""
+        """True if the last step crossed a multiple of `every_images`; never if that is 0."""
         return every_images > 0 and self.images // every_images > (self.images - batch_size) // every_images
 
     def images_at_end(self, config: Config) -> int:

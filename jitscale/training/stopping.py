@@ -1,4 +1,4 @@
-"""How a process of a run stops: on a signal, or if it hangs."""
+"""Stops a process of a run: on a signal, or if it hangs."""
 
 import faulthandler
 import os
@@ -92,7 +92,7 @@ class HangWatch:
     their watches end them; then the launcher ends the hanging rank.
     """
 
-    WAKE_UPS = 20  # in `seconds`
+    WAKE_UPS = 20  # number of wake-ups in `seconds`
 
     def __init__(self, seconds: float, stacks: Path) -> None:
         """Append stacks to the file `stacks`, after those of earlier hangs; if `seconds` is 0, watch nothing."""

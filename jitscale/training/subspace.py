@@ -3,7 +3,7 @@
 The leading eigenvectors of the Gram matrix of the training images' patches, in [-1, 1], span it; the mean is not
 subtracted. A run computes the subspace once, before its first step; then it belongs to the weights.
 
-Shapes: B images of a block, A channels, S pixels a side, D numbers of a patch in the order row, column,
+Shapes: B images of a block, A channels, S pixels per side, D numbers of a patch in the order row, column,
 channel, R rank.
 """
 
@@ -53,7 +53,7 @@ def gram_matrix(
     DataError if a shard cannot be read, no image can be decoded, or `patch_size` does not divide the image size.
     """
     if shards.image_size % patch_size:
-        raise DataError(f"patch size {patch_size} does not divide the images of {shards.image_size} pixels a side")
+        raise DataError(f"patch size {patch_size} does not divide the images of {shards.image_size} pixels per side")
     chosen = np.sort(permutation(shards.num_samples, seed, Purpose.SUBSPACE_IMAGES)[:images])
     elements, found = shards.channels * patch_size**2, 0
     gram = torch.zeros(elements, elements, dtype=torch.float64, device=device)

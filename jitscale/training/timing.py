@@ -1,4 +1,4 @@
-"""How fast a run is: images a second, and ranks that slow down the others."""
+"""The speed of a run: images per second, and ranks that slow down the others."""
 
 import statistics
 import time
@@ -43,7 +43,7 @@ class RankTimes:
             self._seconds += time.perf_counter() - started
 
     def take(self) -> float:
-        """This rank's mean seconds a step since the last call."""
+        """This rank's mean seconds per step since the last call."""
         for begin, end in self._events:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1e3
@@ -53,14 +53,14 @@ class RankTimes:
 
     @classmethod
     def slow_ranks(cls, everyone: Sequence[float]) -> list[tuple[int, float, float]]:
-        """(rank, its seconds a step, the median over ranks) of ranks that are much slower than the median."""
+        """(rank, its seconds per step, the median over ranks) of ranks that are much slower than the median."""
         median = statistics.median_low(everyone)
         limit = max(cls.FACTOR * median, median + cls.LEAST_SECONDS)
         return [(rank, seconds, median) for rank, seconds in enumerate(everyone) if seconds > limit]
 
 
 class Clock:
-    """Images a second between log points, without the time spent on saves, measurements and pictures."""
+    """Images per second between log points, without the time spent on saves, measurements and pictures."""
 
     def __init__(self, images: int) -> None:
         """Start with `images` images seen."""
@@ -88,7 +88,7 @@ class Clock:
                 bar.set_description_str(usual)
 
     def take_rate(self, images: int) -> float:
-        """Images a second since the last call or restart."""
+        """Images per second since the last call or restart."""
         rate = (images - self._images) / (time.perf_counter() - self._began)
         self.restart(images)
         return rate

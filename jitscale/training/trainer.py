@@ -196,7 +196,7 @@ class Trainer:
         # Dropout is a function of (step, rank), so that a resumed run draws the same masks as an unbroken one.
         torch.manual_seed(int(generator_seeds(config.run.seed, Purpose.DROPOUT, state.step, self.world.rank)[0]))
         total = torch.zeros(2, device=self.world.device)
-        micro_batches = engine.micro_batches * self.world.size  # of all ranks
+        micro_batches = engine.micro_batches * self.world.size  # sum over all ranks
         routed = routes(config.run, images)
         self.faults.begin_step(state.step + 1)
         for micro_batch in range(engine.micro_batches):

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepOutcomes:
-    """Whether steps moved the weights. On GPUs it is read some steps later, so that the host does not wait."""
+    """Tells which steps moved the weights. On GPUs this is read some steps later, so that the host does not wait."""
 
     LATE = 2  # steps
 
@@ -51,8 +51,8 @@ class BadSamples:
     def __init__(self, fraction: float) -> None:
         """Allow `fraction` of the images seen."""
         self._fraction = fraction
-        self._before = 0  # of all ranks, up to the checkpoint from which this process resumed
-        self.here = 0  # of this rank since then
+        self._before = 0  # count of all ranks, up to the checkpoint from which this process resumed
+        self.here = 0  # count of this rank since then
         self._reasons: list[str] = []
 
     def begin_again(self, before: int) -> None:

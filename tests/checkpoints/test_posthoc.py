@@ -132,7 +132,7 @@ def test_runs_without_enough_snapshots_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no snapshots .*; train with ema.power_widths=\[0.05,0.1\]"):
         open_snapshots(tmp_path, None)
     snapshot(tmp_path, 100)
-    with pytest.raises(UserError, match="1 snapshot up to 100 images, a reconstruction needs 2 or more"):
+    with pytest.raises(UserError, match="1 snapshot up to 100 images, but a reconstruction needs 2 or more"):
         open_snapshots(tmp_path, None)
     snapshot(tmp_path, 200)
     snapshot(tmp_path, 300)

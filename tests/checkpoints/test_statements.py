@@ -102,7 +102,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "set": (lambda index: index.update(sets=["model", "../x"]), "is not a name of a weight set"),
     "no set": (lambda index: index.update(sets=["exp_avg"]), "its weight sets are exp_avg"),
     "no hashes": (lambda index: index.pop("sha256"), "is not a dict"),
-    "no hash": (lambda index: index.update(sha256={}), "its hashes are not those of its files"),
+    "no hash": (lambda index: index.update(sha256={}), "its hashes do not match its files"),
     "size": (lambda index: index["files"].update({"rank_00000.safetensors": True}), "is not a whole number"),
     "progress": (lambda index: index["progress"].update(images="8"), "progress.images is not a whole number"),
     "data": (lambda index: index["progress"].update(data={"seed": [0]}), "progress.data.seed is"),

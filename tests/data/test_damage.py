@@ -259,7 +259,7 @@ CASES = [
     Case(
         "manifest with a resolution below the image size",
         lying(lambda m: m.update(resolution=8)),
-        "says 8 pixels a side",
+        "says 8 pixels per side",
     ),
     Case("manifest that names a lost shard", lying(lambda m: m["shards"][1].update(name="b.tar")), "b.tar: missing"),
     Case(

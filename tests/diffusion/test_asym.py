@@ -23,7 +23,7 @@ def orthonormal(numbers: int, rank: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def draws(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """The prediction, x, e and z of four images of 4 pixels a side."""
+    """The prediction, x, e and z of four images of 4 pixels per side."""
     generator = torch.Generator().manual_seed(0)
     output, x, e = torch.randn(3, 4, 3, 4, 4, generator=generator, dtype=dtype)
     return output, x, e, interpolate(x, e, TIMES.to(dtype))

@@ -116,7 +116,7 @@ def test_a_progressive_run_of_asym_with_a_middle_layer_and_routing(job: Job) -> 
 
 def test_a_later_stage_without_images_is_refused_at_the_start(job: Job) -> None:
     said = run_ranks(2, *job.command("small", *PROGRESSIVE), expect=2)
-    assert "the manifest says 16 pixels a side, model.image_size is 32" in said
+    assert "the manifest says 16 pixels per side, model.image_size is 32" in said
     assert not (job.folder / "small/at_16px").exists()
 
 

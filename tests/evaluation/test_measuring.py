@@ -147,7 +147,7 @@ def test_a_sweep_of_internal_guidance_costs_no_more_than_its_points() -> None:
         ),
         (
             ["evaluation.reference_size=16"],
-            r"the manifest says 8 pixels a side, evaluation\.reference_size is 16; lower it",
+            r"the manifest says 8 pixels per side, evaluation\.reference_size is 16; lower it",
         ),
         (["evaluation.reference=/nowhere.npz"], "evaluation.reference=/nowhere.npz: no statistics of features"),
         (

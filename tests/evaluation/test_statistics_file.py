@@ -181,7 +181,7 @@ def test_remote_statistics_are_refused(digits: list[NetworkFile]) -> None:
         (
             "new.npz",
             "evaluation.reference=mine.npz",
-            r"evaluation\.reference=.*mine\.npz: is a statistics file already",
+            r"evaluation\.reference=.*mine\.npz: is already a statistics file",
         ),
     ],
 )

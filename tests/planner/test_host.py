@@ -167,14 +167,14 @@ def plan(*arguments: str, expect: int = 0) -> str:
 
 def test_the_plan_shows_both_times_and_a_warning() -> None:
     text = plan("--gpus", "64")
-    assert "WARNING: 16 images a GPU are too few: the host needs 78 ms to start a step, the GPU 54 ms" in text
-    assert "With --gpus 32, 32 images a GPU: 99 ms a step, 10314 images/s" in text
+    assert "WARNING: 16 images per GPU are too few: the host starts a step in 78 ms, the GPU runs it in 54 ms" in text
+    assert "With --gpus 32, 32 images per GPU: 99 ms per step, 10314 images/s" in text
     assert "1046 GPU-hours" in text
     assert "663 GPU-hours" in text
     assert "WARNING" not in plan("--gpus", "32")
     assert "WARNING" not in plan("--gpus", "64", "--host-ms", "50")
     alone = plan("--gpus", "1", "data.batch_size=16")
-    assert "16 images a GPU are too few" in alone
+    assert "16 images per GPU are too few" in alone
     assert "No smaller number of GPUs takes fewer GPU-hours" in alone
 
 

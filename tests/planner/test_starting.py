@@ -54,7 +54,7 @@ def test_it_depends_on_the_machine_and_the_number_of_pictures(tmp_path: Path) ->
     assert widths == [256, 384, 768]
     assert config(100_000, CPU).model.hidden_size == 128
     assert (config(3000, CPU).model.patch_size, config(3000, ONE_GPU).model.patch_size) == (16, 8)
-    assert config(3000, ONE_GPU, 28).model.patch_size == 2, "14 tokens a side, because 16 does not divide 28"
+    assert config(3000, ONE_GPU, 28).model.patch_size == 2, "14 tokens per side, because 16 does not divide 28"
     assert [config(3000, ONE_GPU, size).diffusion.noise_scale for size in (64, 256, 512)] == [1, 1, 2]
     assert [config(3000, CPU, size).diffusion.noise_scale for size in (28, 32, 128)] == [1, 1, 4]
     assert config(100, CPU).data.held_out is None
@@ -90,7 +90,7 @@ def test_memory_determines_the_micro_batch(tmp_path: Path) -> None:
 
 def test_pictures_without_a_patch_size_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"97 pixels a side: no number of patches from 4 to 32.*; pack with --resolution 96"
+        ConfigError, match=r"97 pixels per side: no number of patches from 4 to 32.*; pack with --resolution 96"
     ):
         lines_of(3000, CPU, image_size=97)
 

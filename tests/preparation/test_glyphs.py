@@ -98,5 +98,5 @@ def test_the_distance_sees_lost_detail_and_wrong_letters(network: FeatureNetwork
 
 
 def test_digits_that_would_fill_the_memory_are_refused() -> None:
-    with pytest.raises(UserError, match="resolution 513: must be at most 512 pixels a side"):
+    with pytest.raises(UserError, match="resolution 513: must be at most 512 pixels per side"):
         digit_images(513)

@@ -129,7 +129,7 @@ def test_the_statements_of_the_manifest_about_images_are_checked(tmp_path: Path)
     manifest, *lines = defects(tmp_path)
     assert manifest == f"{tmp_path}/manifest.json: names 2 classes and counts 1; write it again"
     assert len(lines) == 5
-    assert sum("is 8 x 8 pixels, the manifest says 9 a side" in line for line in lines) == 3
+    assert sum("is 8 x 8 pixels, but the manifest says 9 per side" in line for line in lines) == 3
     assert sum("has label '1', needs one in 0..0" in line for line in lines) == 2
     write_tar(tmp_path / "more.tar", ("a.png", numbered_png()))
     assert f"{tmp_path}/more.tar: is not named by manifest.json; choose another pattern or index the folder again" in (

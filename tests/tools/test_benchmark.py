@@ -135,7 +135,7 @@ def test_metrics() -> None:
 
 def test_the_table_and_a_refusal() -> None:
     table = benchmark("sample", "--batch", "1", "--sampler-steps", "1", *OVERRIDES)
-    assert "| network evaluations an image | 1 |" in table
+    assert "| network evaluations per image | 1 |" in table
     assert "run.device=cuda" in benchmark("step", "run.device=cuda", *OVERRIDES, expect=2)
 
 

@@ -192,7 +192,7 @@ def test_the_data_is_shown_as_a_contact_sheet_or_a_reason(tmp_path: Path) -> Non
     assert {tuple(colour) for colour in sheet[::4, ::4].reshape(-1, 3)} >= {(60 + n, 60, 60) for n in range(40)}
     (tmp_path / "shards_8/manifest.json").unlink()
     assert "has no manifest; tools/index_shards.py writes one" in data(str(tmp_path / "shards_8"))
-    assert "no contact sheet: s3://bucket/x: is remote, only local folders" in data("s3://bucket/x")
+    assert "no contact sheet: s3://bucket/x: is remote, but only local folders" in data("s3://bucket/x")
     assert "&lt;script&gt;" in data(f"/{HOSTILE}")
     assert "<script>" not in data(f"/{HOSTILE}")
 

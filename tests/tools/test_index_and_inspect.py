@@ -79,8 +79,8 @@ def test_a_long_list_of_defects_is_shortened_on_the_screen(tmp_path: Path) -> No
         ("{a,b}/x.tar", r"names tars in 2 folders \(.*a, .*b, ...\), and each has a manifest"),
         ("a/x.{tar", "has unbalanced braces"),
         ("a/*", "a/other.txt: the name does not end in .tar; unpack or rename it"),
-        ("pipe:cat a/x.tar", "pipe:cat a/x.tar: is remote, only local folders are read here"),
-        ("s3://bucket/a", "s3://bucket/a: is remote, only local folders are read here; copy them"),
+        ("pipe:cat a/x.tar", "pipe:cat a/x.tar: is remote, but only local folders are read here"),
+        ("s3://bucket/a", "s3://bucket/a: is remote, but only local folders are read here; copy them"),
     ],
 )
 def test_a_mistake_is_a_one_line_error(

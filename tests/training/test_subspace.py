@@ -119,7 +119,7 @@ def test_undecodable_images_are_left_out(folder: Path, caplog: pytest.LogCapture
 
 def test_empty_data_and_unsuitable_patch_sizes_are_refused(folder: Path) -> None:
     shards = opened(folder)
-    with pytest.raises(DataError, match="patch size 5 does not divide the images of 16 pixels a side"):
+    with pytest.raises(DataError, match="patch size 5 does not divide the images of 16 pixels per side"):
         gram_matrix(shards, 5, 10, 0, 0, CPU)
     for tar in folder.glob("*.tar"):
         zero_samples(tar, slice(None))

@@ -28,13 +28,13 @@ from jitscale.parallel import choose_device
 
 ELSEWHERE = {"gradients": "correct_gradients", "norms": "correct_norms", "graphs": "correct_graphs"}
 ELSEWHERE |= {"training": "correct_training", "training-zero": "correct_training"}
-ROUNDED = 0.006  # of float32 arithmetic between a rounding to bf16 at the beginning and one at the end
+ROUNDED = 0.006  # limit for float32 arithmetic between a rounding to bf16 at the beginning and one at the end
 KERNEL_LIMIT = 0.02  # attention in bf16, whose weights are rounded too
 WORSE_THAN_PLAIN = 1.5  # limit of the network's error, as a multiple of plain bf16 arithmetic's
 FLOAT8_WORSE = 20.0
-DRAWS = {"smoke": 8, "whole": 64}  # of dropout
+DRAWS = {"smoke": 8, "whole": 64}  # number of draws of dropout
 GRAPH_PASSES = 3
-WEIGHTS_DEVIATION = 0.02  # of weights that a fresh network sets to zero
+WEIGHTS_DEVIATION = 0.02  # standard deviation for weights that a fresh network sets to zero
 
 
 class Comparison(NamedTuple):
@@ -47,7 +47,7 @@ class Comparison(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the error is within the limit."""
+        """True if the error is within the limit."""
         return self.error is not None and self.error <= self.limit
 
 

@@ -15,7 +15,7 @@ from jitscale.model.attention import KERNELS, Kernel
 
 # Scales of queries and keys, of values, and of the gradient.
 SCALES = list(product((0.02, 1.0, 8.0, 60.0), (1e-3, 1.0, 300.0), (1e-6, 1.0)))
-PASSES = {"smoke": 2, "whole": 240}  # of each kernel and shape
+PASSES = {"smoke": 2, "whole": 240}  # passes of each kernel and shape
 POISON_BYTES = 2**30  # memory filled with NaN and freed, so that a kernel that reads unwritten memory reads NaN
 
 
@@ -56,7 +56,7 @@ def _not_finite(
     *,
     poison: bool,
 ) -> Tensor:
-    """Whether the output and the gradients of a pass have a value that is not finite: (2,) of 0 and 1."""
+    """Two flags of a pass, (2,) of 0 and 1: the output has a value that is not finite; a gradient has one."""
     batch, tokens, heads, head_dim = shape
     device = generator.device
     packed = torch.randn(batch, tokens, 3, heads, head_dim, device=device, generator=generator)

@@ -122,7 +122,7 @@ def _different(found: list[Tensor], expected: list[Tensor]) -> int:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether all bits are the same; NaN equals nothing."""
+    """True if all bits are the same; NaN equals nothing."""
     return torch.equal(a, b)
 
 

@@ -25,7 +25,7 @@ from jitscale.model.layers import ALIGNMENT, NORM_EPS, rope_table, swiglu_width
 NORMS_BATCH = {"smoke": 2, "whole": 16}
 FUSED_BATCH = {"smoke": 2, "whole": 64}
 DEVIATIONS = 6.0  # limit of the error of the share that dropout keeps, in standard deviations
-SEED = 1 << 40  # of the kernels' dropout: more than 32 bits
+SEED = 1 << 40  # seed of the kernels' dropout: more than 32 bits
 
 
 def measure(options: argparse.Namespace, config: Config, device: torch.device) -> dict[str, Any]:

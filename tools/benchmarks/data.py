@@ -31,16 +31,16 @@ from jitscale.data.tar_index import index_path
 from jitscale.preparation.packing import Sample, shard_name, write_shard
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
-BATCH = 128  # of the hand-off
+BATCH = 128  # batch of the hand-off
 SAMPLES_A_SHARD = 100
 ROUNDS = 5
 LINKS = 50_000  # names of one file; file systems allow 65,000
-# Images a second that one H200 trains at 256 px, as measured (docs/performance.md, "On a GPU").
+# Images per second that one H200 trains at 256 px, as measured (docs/performance.md, "On a GPU").
 TRAINED = {"JiT-B/16": 2121, "JiT-L/16": 711, "JiT-H/16": 392, "JiT-G/16": 185}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Images a second on one core for each codec and resolution, the rate of the hand-off, and the cost of a resume."""
+    """Images per second on one core by codec and resolution, the rate of the hand-off, and the cost of a resume."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -147,7 +147,7 @@ def _ours(shards: ShardSet) -> Iterator[None]:
 
 
 def _rate(items: Iterator[object], seconds: float) -> float:
-    """Items a second, measured for `seconds` or more."""
+    """Items per second, measured for `seconds` or more."""
     next(items)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
@@ -157,7 +157,7 @@ def _rate(items: Iterator[object], seconds: float) -> float:
 
 
 def _time_hand_off(shards: ShardSet, workers: int, seconds: float) -> float:
-    """Images a second that arrive in the training process."""
+    """Images per second that arrive in the training process."""
     order = EpochOrder(shards.samples_per_shard, seed=0)
     batches = iter(ShardLoader(shards, order, BATCH, BATCH, 0, 1, 0, workers, pin_memory=False))
     for _ in range(4 * workers):

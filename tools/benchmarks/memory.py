@@ -41,7 +41,7 @@ def describe(result: dict[str, Any]) -> Table:
     for stage, found in result["stages"].items():
         most = max(rank["state"] for rank in found["bytes"])
         buckets = max(rank["buckets"] for rank in found["bytes"])
-        text = f"{most / 1e9:.3f} GB a rank (planner: {found['predicted'] / 1e9:.3f})"
+        text = f"{most / 1e9:.3f} GB per rank (planner: {found['predicted'] / 1e9:.3f})"
         lines.append((f"stage {stage}", text + (f", and a bucket of {buckets / 1e9:.2f} GB" if buckets else "")))
     return lines
 
@@ -52,7 +52,7 @@ def state_bytes(config: Config, world: parallel.World) -> dict[str, int]:
     torch.manual_seed(0)
     engine = ZeroEngine(JiT(config.model, config.diffusion).train(), config, world)
     if engine.micro_batches != MICRO_BATCHES:
-        raise UserError(f"{engine.micro_batches} micro-batches a step; the measurement takes {MICRO_BATCHES}")
+        raise UserError(f"{engine.micro_batches} micro-batches per step; the measurement takes {MICRO_BATCHES}")
     ema = ShardedEma(config.ema, engine.masters())
     z, t, y = torch.randn(1, *image_shape(config.model)), torch.rand(1), torch.zeros(1, dtype=torch.long)
     held: dict[int, int] = {}

@@ -24,7 +24,7 @@ WARM_UPS = 3
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure a step with --batch images a rank in the configuration's stage, and all-reduces of several sizes."""
+    """Measure a step with --batch images per rank in the configuration's stage, and all-reduces of several sizes."""
     with parallel.joined(choose_device("auto")) as world:
         per_rank, options.batch = options.batch, options.batch * world.size
         scratch = Path(parallel.on_main(lambda: tempfile.mkdtemp(prefix="jitscale_multi_")))

@@ -17,7 +17,7 @@ from jitscale.model.flops import training_flops
 
 COPY_BYTES = {"cpu": 2**26, "cuda": 2**31}
 COPIES = 10
-NAME_LENGTH = 70  # of a kernel in the table
+NAME_LENGTH = 70  # characters of a kernel's name in the table
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -111,6 +111,6 @@ def _with_shares(group: dict[str, Any], copy: float, product: float) -> dict[str
     """`group` with its speed as a share of a copy's and of a large product's."""
     shares: dict[str, float | None] = {}
     for unit, name, speed in (("gbyte", "copy_share", copy), ("gflop", "product_share", product)):
-        seconds = group[f"{unit}_ms"] / 1e3  # of the kernels whose work is known
+        seconds = group[f"{unit}_ms"] / 1e3  # time of the kernels whose work is known
         shares[name] = group[unit] / 1e3 / seconds / speed if seconds and group[unit] else None
     return {**group, **shares}

@@ -233,4 +233,4 @@ def _memory(found: dict[str, Any]) -> str:
 def _compared(found: dict[str, Any]) -> str:
     if "authors" in found:
         return f"{found['authors']['images_per_second']:.4g} images/s, ours is {found['ratio']:.2f} times as fast"
-    return "does not fit next to ours" if "authors_missing" in found else "not taken"
+    return "does not fit next to ours" if "authors_missing" in found else "not measured"

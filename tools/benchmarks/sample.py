@@ -18,7 +18,7 @@ from jitscale.evaluation import generate
 from jitscale.model.flops import forward_flops
 from jitscale.model.jit import JiT
 
-WEIGHTS_DEVIATION = 0.02  # of weights that a fresh network sets to zero, so that its prediction is not zero
+WEIGHTS_DEVIATION = 0.02  # for weights that a fresh network sets to zero, so that its prediction is not zero
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Sampling:
     def __init__(self, network: JiT, draw: Callable[[], torch.Tensor]) -> None:
         self._draw, self._forward, self._device = draw, network.forward, network.pos_embed.device
         self._watch = measuring.Stopwatch(self._device)
-        self._calls: list[tuple[Any, Any, int]] = []  # of the last draw: begin, end, rows of the batch
+        self._calls: list[tuple[Any, Any, int]] = []  # calls in the last draw: begin, end, rows of the batch
         self._network_seconds = 0.0
         network.forward = self._timed_forward  # type: ignore[method-assign, assignment]
 
@@ -130,7 +130,7 @@ def describe(result: dict[str, Any]) -> measuring.Table:
         return [
             ("images/s", f"{part['images_per_second']:.4f}"),
             ("time", f"{part['seconds']:.2f} s for {result['batch']} images ({low:.2f} to {high:.2f})"),
-            ("network evaluations an image", f"{part['evaluations_per_image']:g}"),
+            ("network evaluations per image", f"{part['evaluations_per_image']:g}"),
             ("network calls", f"{part['network_calls']}"),
             ("share of the network", f"{part['network_share']:.1%}; the rest: guidance and integration"),
         ]

@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for _ in range(options.warmup):
                 step()
             measuring.wait_for(device)
-            peak = measuring.peak_memory_mib(device)  # of training alone, before other networks are built
+            peak = measuring.peak_memory_mib(device)  # peak of training alone, before other networks are built
             waits = host_waits(step, device, compiled=execution.compiled)
             result = _take_turns(step, watch, options, config, device)
     tflops = result["images_per_second"] * training_flops(config.model) / 1e12
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def training_of(engine: str, scratch: Path) -> tuple[TrainingOf, list[str], str]:
-    """How `engine` (zero, plain or auto) trains: a context, the settings that it needs, and its name.
+    """The training by `engine` (zero, plain or auto): a context, the settings that it needs, and its name.
 
     Raises a UserError if ZeRO is requested and packages of the trainer are missing.
     """
@@ -192,7 +192,7 @@ def _speed(seconds: list[float], device: torch.device, batch: int) -> dict[str, 
 
 
 def host_waits(step: Callable[[], object], device: torch.device, *, compiled: bool) -> dict[str, int] | None:
-    """How often the host waits for the device in `step`, by cause; None if it cannot be counted.
+    """The number of times that the host waits for the device in `step`, by cause; None if it cannot be counted.
 
     On GPUs, calls of the CUDA library are counted. A CPU never waits, so operators are counted that would wait on a
     GPU. Compiled code hides them, so there the result is None.

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/benchmark.py"
 LIMIT = 3  # times the estimated seconds, after which an item has failed
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
-SPARE_SECONDS = 8.0  # of the call's time, to end an item and this process
+SPARE_SECONDS = 8.0  # part of the call's time that is kept to end an item and this process
 # The status of an item. A skipped or later item has no record, so the next call considers it again.
 DONE, REFUSED, FAILED, MEMORY, SLOW = "done", "refused", "failed", "out of memory", "too slow"
 SKIPPED, LATER = "skipped", "later"

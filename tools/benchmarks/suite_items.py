@@ -16,7 +16,7 @@ CASES = (
     "graphs",
     "training",
     "training-zero",
-)  # of `correct`
+)  # checks of the command `correct`
 CONFIGS = {name: f"configs/jit_{name}_256.yaml" for name in "blhg"} | {"h512": "configs/jit_h_512.yaml"}
 # Settings that each switch changes in a step of H at 64 images. No switch sets a GPU's default. If this checkout does
 # not know a setting, the item is skipped.
@@ -57,7 +57,7 @@ class Item(NamedTuple):
 
     name: str
     part: str
-    command: str  # of tools/benchmark.py
+    command: str  # command of tools/benchmark.py
     options: tuple[str, ...]
     settings: tuple[str, ...] = ()
     seconds: int = 60  # its longest time on a Hopper GPU, compilation included; after three times as long it has failed

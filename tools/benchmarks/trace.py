@@ -58,7 +58,7 @@ def read_trace(profiler: torch.profiler.profile, device: torch.device) -> Trace:
 
 
 def trace_of(events: Iterable[dict[str, Any]], *, on_gpu: bool) -> Trace:
-    """The same from the events of a trace file."""
+    """The trace in the `events` of a trace file. With `on_gpu`, only events on the GPU count as kernels."""
     whole = [event for event in events if event.get("ph") == "X"]
     operators = {e["args"].get("External id"): e for e in whole if e.get("cat") == "cpu_op" and "args" in e}
     launched = [e for e in whole if e.get("cat") in ON_DEVICE] if on_gpu else list(_leaves(operators.values()))
@@ -156,7 +156,7 @@ def _work(operator: str, recorded: dict[str, Any]) -> tuple[float | None, float 
         written = 0 if len(shapes) == count + 1 else output * max(2, width)  # else it is among the arguments
         return 2.0 * output * first[-1], moved + written
     if "attention" in name and len(shapes[0]) == 4:
-        batch, heads, tokens, head_dim = shapes[0]  # of the queries, or in the backward pass of the gradient
+        batch, heads, tokens, head_dim = shapes[0]  # shape of the queries; in the backward pass, of the gradient
         if name.startswith("_flash"):
             heads, tokens = tokens, heads
         products, outputs = (4, 3) if "backward" in name else (2, 1)

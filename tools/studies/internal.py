@@ -17,8 +17,8 @@ SHARDS: Shards = [("glyphs", 64)]
 IMAGES, SAMPLES = 32_000, 384
 HEADS = (0, 2, 3, 4)  # blocks before the middle layer; 0: there is none
 INTERNAL = (1.0, 1.5, 2.0, 3.0)
-SCALES = (1.25, 1.5, 2.0, 3.0)  # of classifier-free guidance, without a middle layer
-SCALE = 1.5  # of classifier-free guidance, with a middle layer
+SCALES = (1.25, 1.5, 2.0, 3.0)  # scales of classifier-free guidance, without a middle layer
+SCALE = 1.5  # scale of classifier-free guidance, with a middle layer
 # Both take 29 evaluations by Heun's method: 15 steps, or 8 steps of which all but the first are guided.
 STEPS, GUIDED_STEPS = 15, 8
 

@@ -22,7 +22,7 @@ CONFIGS = {"digits": "digits_32.yaml", "glyphs": "glyphs_64.yaml"}
 RANKS = (2, 4, 8, 16)
 FULL = 768
 RANDOM = "random_8"
-NAMES = {0: "x", **{rank: f"rank_{rank}" for rank in RANKS}, FULL: "v"}  # of the runs, by rank
+NAMES = {0: "x", **{rank: f"rank_{rank}" for rank in RANKS}, FULL: "v"}  # names of the runs, by rank
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Resolution: the same noise is weaker on larger images; the same number of tokens costs about the same.
 
-An image with k times the pixels a side is pooled to the small size. That divides the standard deviation of white noise
-by k and adds 2 log k to the logarithm of the signal-to-noise ratio (simple diffusion, Hoogeboom et al. 2023, arXiv
-2301.11093). So the noise scale is multiplied by k, or the times are shifted. Letters, 16 tokens at every resolution.
+An image with k times the pixels per side is pooled to the small size. That divides the standard deviation of white
+noise by k and adds 2 log k to the logarithm of the signal-to-noise ratio (simple diffusion, Hoogeboom et al. 2023,
+arXiv 2301.11093). So the noise scale is multiplied by k, or the times are shifted. Letters, 16 tokens at every
+resolution.
 """
 
 from functools import partial
@@ -83,7 +84,7 @@ def draw(summary: Summary, path: Path) -> None:
         for number, (key, label) in enumerate((("scaled", "noise scale k"), ("unscaled", "noise scale 1"))):
             curve_over(scales, {size: summary[key][str(size)] for size in SIZES}, label, number)
         scales.set_xticks(SIZES)
-        scales.set(xlabel="pixels a side", ylabel="glyphs-FID", yscale="log")
+        scales.set(xlabel="pixels per side", ylabel="glyphs-FID", yscale="log")
         scales.legend()
         curve_over(means, {mu: summary["mu"][f"{mu:g}"] for mu in MUS}, "64 px, noise scale 1", 1)
         curve_over(means, {DEFAULT_MU: summary["scaled"]["64"]}, "64 px, scale 2", **UNCONNECTED)
@@ -100,7 +101,7 @@ def describe(summary: Summary) -> list[str]:
         floor, mflop = summary["floor"][str(size)], summary["flops_an_image"][str(size)] / 1e6
         ms = 1e3 * fmean(summary["training_seconds"][str(size)]) / summary["images"]
         distances = f"noise scale {size // SIZES[0]}: {scaled}, noise scale 1: {unscaled}; floor {floor:.2f}"
-        lines.append(f"{size:4} px: {distances}; {mflop:.0f} MFLOP and {ms:.2f} ms an image")
+        lines.append(f"{size:4} px: {distances}; {mflop:.0f} MFLOP and {ms:.2f} ms per image")
     for mu in MUS:
         lines.append(f"64 px, noise scale 1, mu {mu:g}: {plus_minus(summary['mu'][f'{mu:g}'], digits=1)}")
     return lines

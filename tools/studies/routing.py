@@ -18,7 +18,7 @@ BASE = ("model.patch_size=8", "data.held_out=0.01", *SHORT_AVERAGE)
 ROUTED = (*BASE, "model.route_share=0.5", "model.route_blocks=[1,-1]")
 IMAGES, SAMPLES = 22_400, 400
 ENDED = 0.8  # share of a training after which all tokens pass all blocks
-ROWS = {  # of the table: the task, and which of its measurements
+ROWS = {  # rows of the table: the task, and which of its measurements
     "all tokens": ("all", 0),
     "half, equal images": ("half", 0),
     "half until 80%, equal images": ("ended", 0),

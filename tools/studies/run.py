@@ -42,7 +42,7 @@ class Run(Task):
 
     config: str  # a file of configs/
     settings: tuple[str, ...] = ()  # dotted; `run.dir` is added
-    kernel: str = "nearest"  # of the upgrade
+    kernel: str = "nearest"  # kernel of the upgrade
     keep_moments: bool = True  # over the upgrade
     as_initial: bool = False  # start a new run from the upgraded weights by `run.init_from`, instead of a resume
     measured_every: int | None = None  # images between measurements, the upgraded start included; None: at the end only

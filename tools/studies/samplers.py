@@ -23,7 +23,7 @@ from studies.ways import Measured, Ways, of_ways, sampler_of
 SHARDS: Shards = [("digits", 32), ("glyphs", 64)]
 METHODS = ("euler", "heun", "2m", "ab2")
 EVALUATIONS = (11, 21, 31, 51, 99)  # odd, so that Heun's method can use all of them; the paper uses Heun with 99
-PAPER = EVALUATIONS[-1]  # of the paper's sampler
+PAPER = EVALUATIONS[-1]  # number of evaluations of the paper's sampler
 SCALE, GUIDED = 1.5, (11, 51)  # guidance doubles each evaluation, so fewer numbers are measured
 SHIFTS, SHIFTED = (0.5, 2.0), 21  # time shifts besides 1, all at so many evaluations
 EXACT = ("evaluation.method=ab2", "evaluation.steps=1000", "evaluation.time_shift=1.0")
@@ -49,7 +49,7 @@ class Errors(Ways):
         def drawn(config: Config) -> torch.Tensor:
             return generate(network, sampler_of(config), range(self.images), config.evaluation.seed)
 
-        exact: dict[float, torch.Tensor] = {}  # by the guidance scale
+        exact: dict[float, torch.Tensor] = {}  # key: guidance scale
         found = {}
         for name, config in self.configs(folder).items():
             scale = config.evaluation.guidance_scale

@@ -27,9 +27,9 @@ from jitscale.files import atomic_write
 
 OUTCOME = "outcome.json"
 
-Outcomes = Mapping[str, Any]  # by the name of the task
-Summary = Mapping[str, Any]  # of all outcomes; docs/experiments/NAME.json holds it
-Shards = Sequence[tuple[str, int]]  # `digits` or `glyphs`, and pixels a side
+Outcomes = Mapping[str, Any]  # key: name of the task
+Summary = Mapping[str, Any]  # summary of all outcomes; docs/experiments/NAME.json holds it
+Shards = Sequence[tuple[str, int]]  # `digits` or `glyphs`, and pixels per side
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def outcomes_of(tasks: Sequence[Task], folder: Path, workers: int, minutes: floa
     if not left:
         return done
     started = time.monotonic()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads of each worker
     folder.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin_worker, initargs=(folder / "log.txt",))

@@ -21,9 +21,9 @@ ADDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "routing": (("model.route_share=0.5", "model.route_blocks=[1,-1]"), ()),
     "ab2": ((), ("evaluation.method=ab2", "evaluation.steps=20")),
 }
-ROUTED_UNTIL = 0.8  # of a training with routing: the share of its images after which all tokens pass
+ROUTED_UNTIL = 0.8  # in a training with routing, the share of its images after which all tokens pass
 SAMPLED = ("evaluation.method=heun", "evaluation.steps=15")
-SCALES = (1.0, 1.5, 3.0)  # of classifier-free guidance
+SCALES = (1.0, 1.5, 3.0)  # scales of classifier-free guidance
 # Heun's method in 10 steps takes about as many evaluations as ab2.
 CHANGES = {"10 steps": ((), ("evaluation.steps=10",)), **ADDED}
 RECIPES = {"paper": (), **{name: (name,) for name in CHANGES}, "together": tuple(ADDED)}

@@ -62,7 +62,7 @@ class Resampling(Task):
 
 
 def resampled(images: torch.Tensor, source: int, kernel: str) -> torch.Tensor:
-    """uint8 (N, 3, S, S) brought to `source` pixels a side by averaging over areas, and back by `kernel`."""
+    """uint8 (N, 3, S, S) brought to `source` pixels per side by averaging over areas, and back by `kernel`."""
     options = {} if kernel == "nearest" else {"align_corners": False}
     parts = images.float().split(TOGETHER)
     small = (F.interpolate(part, size=(source, source), mode="area").round() for part in parts)

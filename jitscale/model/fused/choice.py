@@ -30,7 +30,7 @@ class FusedKernels:
     """
 
     name: str  # triton or torch
-    version: str  # of triton; empty for torch
+    version: str  # version of Triton; empty for torch
     reason: str
     split_heads: layers.SplitHeads | None = field(default=None, repr=False)
     gated: layers.Gated | None = field(default=None, repr=False)
@@ -44,14 +44,14 @@ class FusedKernels:
 class Shapes:
     """Shapes and dtypes of a network's blocks."""
 
-    grid: int  # tokens a side of the image
+    grid: int  # tokens per side of the image
     prefix: int  # in-context tokens
     heads: int
     head_dim: int
     inner: int  # I, with padding
-    dropouts: Sequence[float]  # of the feed-forward layers
-    dtype: torch.dtype  # of products
-    weight_dtype: torch.dtype  # of the norms' weights
+    dropouts: Sequence[float]  # rates in the feed-forward layers
+    dtype: torch.dtype  # dtype of products
+    weight_dtype: torch.dtype  # dtype of the norms' weights
     routed: int = 0  # tokens of an image that pass the routed blocks; 0: no routed blocks
 
 

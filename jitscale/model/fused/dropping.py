@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 LEVELS = 1 << 16  # number of possible probabilities
-ROUNDS = tl.constexpr(7)  # of Philox; 7 rounds pass all of TestU01 (Salmon et al. 2011, section 4, table 2)
+ROUNDS = tl.constexpr(7)  # rounds of Philox; 7 rounds pass all of TestU01 (Salmon et al. 2011, section 4, table 2)
 
 
 def dropping(probability: float) -> dict[str, Any]:

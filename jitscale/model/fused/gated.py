@@ -25,8 +25,8 @@ from jitscale.model.fused.dropping import dropping, kept, random_words
 class Launch(NamedTuple):
     """Launch parameters of a kernel."""
 
-    columns: int  # of one program, which has 8 rows
-    warps: int  # of one program
+    columns: int  # columns for each program, which has 8 rows
+    warps: int  # warps of one program
 
 
 FORWARD = Launch(columns=512, warps=2)

@@ -28,14 +28,14 @@ from jitscale.model.layers import NORM_EPS
 class Launch(NamedTuple):
     """Launch parameters of a kernel."""
 
-    images: int  # of one program, one after the other
-    warps: int  # of one program
-    stages: int = 1  # of the software pipeline: images that are loaded ahead
+    images: int  # images for each program, one after the other
+    warps: int  # warps of one program
+    stages: int = 1  # depth of the software pipeline: images that are loaded ahead
 
 
 # The fastest of the tested parameters, on an H200, for 64 x 288 tokens, 12 heads of 64 and 16 of 80.
 FORWARD = Launch(images=1, warps=4)
-BACKWARD = {1024: Launch(images=8, warps=4, stages=3)}  # by the number of elements of a tile
+BACKWARD = {1024: Launch(images=8, warps=4, stages=3)}  # key: number of elements of a tile
 WIDE_BACKWARD = Launch(images=8, warps=8, stages=3)
 VECTOR = 16  # bytes that a thread reads at once
 

@@ -28,15 +28,15 @@ from jitscale.model.layers import NORM_EPS, ResidualKernels
 class Launch(NamedTuple):
     """Launch parameters of a kernel."""
 
-    warps: int  # of one program
-    tokens: int = 1  # of one program, one after the other
-    stages: int = 1  # of the software pipeline: tokens that are loaded ahead
+    warps: int  # warps of one program
+    tokens: int = 1  # tokens for each program, one after the other
+    stages: int = 1  # depth of the software pipeline: tokens that are loaded ahead
 
 
 FORWARD = Launch(warps=4)
 # The fastest of the tested parameters, on an H200, for 64 x 288 tokens of width 768 and 1280. Loading ahead matters
 # most.
-BACKWARD = {1024: Launch(warps=4, tokens=36, stages=3)}  # by C, rounded up to a power of two
+BACKWARD = {1024: Launch(warps=4, tokens=36, stages=3)}  # key: C, rounded up to a power of two
 WIDE_BACKWARD = Launch(warps=4, tokens=72, stages=4)
 
 

@@ -37,7 +37,7 @@ class Member(NamedTuple):
 class Branch:
     """A folder in an archive; see `Tree`."""
 
-    path: Path  # of the archive
+    path: Path  # path of the archive
     inside: str = ""  # the path to this folder; each name ends in a slash
     branches: dict[str, "Branch"] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)

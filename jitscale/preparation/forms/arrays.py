@@ -26,7 +26,7 @@ _EXPECTED = "data as uint8 (n, 3 S S) or (n, H, W, 3), and maybe labels as integ
 
 
 def has_arrays(listing: Listing) -> bool:
-    """Whether a folder holds .npz files, and neither images nor folders."""
+    """True if a folder holds .npz files, and neither images nor folders."""
     return not listing.folders and not listing.paths(*PICTURES) and bool(_arrays(listing))
 
 

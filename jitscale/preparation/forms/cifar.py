@@ -31,7 +31,7 @@ _CIFAR_100 = (_Labels("coarse", 20, "coarse_label_names.txt"), _Labels("fine", 1
 
 
 def has_batches(listing: Listing) -> bool:
-    """Whether a folder holds batches of CIFAR, and neither images nor folders."""
+    """True if a folder holds batches of CIFAR, and neither images nor folders."""
     return not listing.folders and not listing.paths(*PICTURES) and bool(_batches(listing))
 
 

@@ -15,7 +15,7 @@ from jitscale.errors import DataError, data_error, first_line
 from jitscale.preparation.forms.search import Search, extension_of
 from jitscale.preparation.row_files import Column, RowFile
 
-Names = dict[str, list[str]]  # of the classes, by column
+Names = dict[str, list[str]]  # class names, by column
 
 _LABELS = ("label", "labels", "cls", "fine_label")  # columns that are labels by their name
 _INDEX = re.compile(r"__index_level_\d+__")  # pandas' numbers of rows
@@ -66,7 +66,7 @@ def _image_columns(file: RowFile) -> list[str]:
 
 
 def _begins_with_image(file: RowFile, column: str) -> bool:
-    """Whether the first entry of the column is an image, by its bytes or, without bytes, by its path."""
+    """True if the first entry of the column is an image, by its bytes or, without bytes, by its path."""
     path_of = file.path_of(column)
     for batch in islice(file.batches([file.bytes_of(column), *([path_of] if path_of else [])], rows=1), 1):
         data, path = batch.images(column)[0].as_py(), batch.paths(column)[0]
@@ -90,7 +90,7 @@ def _label_column(search: Search, file: RowFile, names: Names, image: str) -> st
     others = [name for name in _LABELS if file.columns().get(name) == Column.OTHER]
     if others and not any(name in names for name in columns):
         what = f"the column {others[0]} holds neither numbers nor names, such as lists or true and false"
-        remedy = "write one class a row as an integer or a text, or pass --label-column or --labels none"
+        remedy = "write one class per row as an integer or a text, or pass --label-column or --labels none"
         raise DataError(f"{file.path}: {what}; {remedy}")
     noted = [name for name in columns if name in names]
     if len(noted) > 1:

@@ -76,7 +76,7 @@ def first_image(tree: Tree) -> str | None:
 
 
 def has_zips(listing: Listing) -> bool:
-    """Whether a folder holds zips, and neither images nor folders."""
+    """True if a folder holds zips, and neither images nor folders."""
     return bool(listing.paths("zip")) and not listing.folders and not listing.paths(*PICTURES)
 
 

@@ -39,12 +39,12 @@ def described_wnids(names: Sequence[str]) -> str:
 
 
 def is_flat(names: Collection[str]) -> bool:
-    """Whether most of these `names` are like those of ImageNet's flat images."""
+    """True if most of these `names` are like those of ImageNet's flat images."""
     return sum(_FLAT.fullmatch(_stem(name)) is not None for name in names) * 2 > len(names)
 
 
 def is_flat_folder(listing: Listing) -> bool:
-    """Whether a folder holds ImageNet's flat images."""
+    """True if a folder holds ImageNet's flat images."""
     return not listing.folders and is_flat(listing.paths(*PICTURES))
 
 
@@ -102,7 +102,7 @@ def _stem(name: str) -> str:
 @dataclass(frozen=True)
 class _Truth:
     path: Path
-    wnids: dict[str, str]  # by the name of the image, without extension
+    wnids: dict[str, str]  # key: name of the image, without extension
 
 
 def _truth_of(search: Search, place: Path, images: int) -> _Truth:

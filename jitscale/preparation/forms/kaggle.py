@@ -13,7 +13,7 @@ _SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
 
 def is_tree(listing: Listing) -> bool:
-    """Whether a folder is Kaggle's tree, or one of the folders around its splits."""
+    """True if a folder is Kaggle's tree, or one of the folders around its splits."""
     return _splits_folder(listing) is not None
 
 

@@ -77,7 +77,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def is_kind(path: Path, kind: Kind) -> bool:
-    """Whether the file `path` is of this kind. Raises a DataError if it cannot be read."""
+    """True if the file `path` is of this kind. Raises a DataError if it cannot be read."""
     return path.is_file() and _kind_by(path, _head_of(path)) == kind
 
 
@@ -153,13 +153,13 @@ def _first_member(head: bytes) -> bytes:
 
 
 def _is_npz(path: Path, head: bytes) -> bool:
-    """Whether a zip holds arrays. Images in a zip may be .npy files too, but none of them is called data."""
+    """True if a zip holds arrays. Images in a zip may be .npy files too, but none of them is called data."""
     name = _first_member(head)
     return name.endswith(b".npy") and b"/" not in name and (path.suffix.lower() == ".npz" or name == b"data.npy")
 
 
 def _is_tfrecord(head: bytes) -> bool:
-    """Whether the file begins with a length of 8 bytes and the masked CRC-32C of that length."""
+    """True if the file begins with a length of 8 bytes and the masked CRC-32C of that length."""
     crc = 0xFFFFFFFF
     for byte in head[:8]:
         crc ^= byte

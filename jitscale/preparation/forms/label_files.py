@@ -13,8 +13,8 @@ from jitscale.preparation.forms.listing import Tree
 from jitscale.preparation.forms.search import Found, Images, Label, Search, extension_of
 from jitscale.preparation.forms.tables import TABLES, labelled_paths, rows_of
 
-EDM = "dataset.json"  # of StyleGAN, EDM and EDM2
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of the ImageFolder of datasets
+EDM = "dataset.json"  # file of StyleGAN, EDM and EDM2
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # files of an ImageFolder of `datasets`
 
 _LARGEST = 1 << 30  # bytes of a file of labels
 _FEW = 3  # images that a message names
@@ -27,7 +27,7 @@ class LabelFile:
     """The labels of images by their names."""
 
     place: str  # path of the file, for a message
-    labels: dict[str, tuple[Label, str]]  # by name: the label, and the place of it
+    labels: dict[str, tuple[Label, str]]  # key: name; values: the label, and the place of it
 
 
 def metadata_in(tree: Tree) -> str | None:
@@ -93,7 +93,7 @@ def _add(labels: dict[str, tuple[Label, str]], name: str, label: Label, place: s
 
 
 def equal_buckets(tree: Tree, file: LabelFile) -> bool:
-    """Whether the classes are only the folders of a thousand images each, as in EDM's recipe for FFHQ."""
+    """True if the classes are only the folders of a thousand images each, as in EDM's recipe for FFHQ."""
     folders = {name.partition("/")[0] for name in file.labels}
     return (
         len(folders) > 1

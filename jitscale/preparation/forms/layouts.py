@@ -150,13 +150,13 @@ def refuse_splits(
 
 
 def holds_splits(paths: Iterable[str]) -> bool:
-    """Whether the folders of all images of an archive are splits, by the `paths` of the images."""
+    """True if the folders of all images of an archive are splits, by the `paths` of the images."""
     tops = {path.partition("/")[0] if "/" in path else "" for path in paths}
     return bool(_parts(tops, ()))
 
 
 def _parts(classes: Iterable[str], named: Collection[str], folders: Iterable[str] = ()) -> list[str]:
-    """Those of `classes` and `folders` that are parts of a data set, see `refuse_splits`; empty if they are classes."""
+    """Names in `classes` and `folders` that are parts of a data set (`refuse_splits`); empty if they are classes."""
     folders = sorted(set(folders) - set(classes))
     classes = sorted(set(classes) - set(named))
     splits = [name for name in classes if _SPLIT.fullmatch(name)]
@@ -178,7 +178,7 @@ def say_if_one_class(place: str, classes: Collection[str], named: Collection[str
 
 
 def are_buckets(tree: Tree) -> bool:
-    """Whether its folders are no classes but hold a thousand images each by number, as in FFHQ and EDM."""
+    """True if its folders are no classes but hold a thousand images each by number, as in FFHQ and EDM."""
     if not tree.folders or not all(map(_BUCKET.fullmatch, tree.folders)):
         return False
     for folder in tree.folders:

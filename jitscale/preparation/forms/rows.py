@@ -22,12 +22,12 @@ ROW_KINDS = {
     Kind.ARROW_STREAM: Storage.ARROW,
     Kind.ARROW_FILE: Storage.ARROW,
 }
-CARD = "README.md"  # of a data set on the hub
+CARD = "README.md"  # the card of a data set on the hub
 
 _ROWS = ("parquet", "arrow", "feather")  # extensions of such files
-_TABLE = "metadata.parquet"  # of an image folder, next to the images
+_TABLE = "metadata.parquet"  # table of an image folder, next to the images
 _CACHED = "cache-"  # results of map and filter, next to a data set in a cache of `datasets`
-_LEVELS = 3  # of folders: CONFIG/SPLIT of the hub, CONFIG/VERSION/HASH of a cache of `datasets`
+_LEVELS = 3  # levels of folders: CONFIG/SPLIT of the hub, CONFIG/VERSION/HASH of a cache of `datasets`
 _LONG = 2000  # more rows than this should not stay in their order: training shuffles only within a window
 _BATCH = 8192  # rows, read without their images
 
@@ -50,7 +50,7 @@ def images_in_row_files(search: Search, place: str, files: Sequence[Path], *, wh
 
 
 def has_rows(listing: Listing) -> bool:
-    """Whether a folder, or the folders in it, hold files of rows that are no tables of images."""
+    """True if a folder, or the folders in it, hold files of rows that are no tables of images."""
     if listing.paths(*PICTURES):
         return False
     below = (_first_kind(listing.folder / name, _LEVELS) for name in listing.folders)

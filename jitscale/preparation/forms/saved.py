@@ -16,7 +16,7 @@ _OLD = "dataset.arrow"  # the only file of saves before datasets 2.8
 
 
 def is_saved(listing: Listing) -> bool:
-    """Whether `save_to_disk` has written a folder."""
+    """True if `save_to_disk` has written a folder."""
     return _SPLITS in listing.files or (_STATE in listing.files and bool(listing.paths("arrow")))
 
 

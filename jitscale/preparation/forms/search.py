@@ -27,19 +27,19 @@ class FindOptions:
     class_names: list[str] | None = None  # in the order of their numbers
     split: str | None = None  # the part of a data set, such as train
     labels: str | None = None  # `folders`, `none`, or the file that holds them
-    label_key: str | None = None  # of webdataset samples: cls, or json:FIELD
+    label_key: str | None = None  # label key of webdataset samples: cls, or json:FIELD
     label_column: str | None = None  # the column of labels in tables
     ground_truth: str | None = None  # file of the labels of ImageNet's validation images
-    image_column: str | None = None  # of Parquet and Arrow files
+    image_column: str | None = None  # column of Parquet and Arrow files
 
 
 class Found(NamedTuple):
     """One image that was found."""
 
-    path: str  # of the image, or of the file that holds it
+    path: str  # path of the image, or of the file that holds it
     extension: str  # see `Source`
     label: Label
-    place: str  # of the label, for a message
+    place: str  # place of the label, for a message
     offset: int = 0
     size: int = 0
     storage: Storage = Storage.FILE
@@ -53,7 +53,7 @@ class Search:
     options: FindOptions
     ignored: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension
     skipped: list[str] = field(default_factory=list)  # folders that are skipped, with the reason
-    notes: list[str] = field(default_factory=list)  # remarks for the user, one a line
+    notes: list[str] = field(default_factory=list)  # remarks for the user, one per line
     names: list[str] | None = None  # class names that an input says; unused if the user gives some
     _named_by: str = ""
     _groups: int = 0
@@ -77,7 +77,7 @@ class Search:
         return value
 
     def without_labels(self) -> bool:
-        """Whether the user wants no labels for an input that has some, or should have."""
+        """True if the user wants no labels for an input that has some, or should have."""
         return self.options.labels == "none" and self.option("labels") is not None
 
     def refuse_unused(self, place: str) -> None:

@@ -22,7 +22,7 @@ _BATCH = 1024  # rows
 class Row(NamedTuple):
     """One line of a table."""
 
-    place: str  # of the line, for a message
+    place: str  # place of the line, for a message
     values: dict[str, object]
     header: str  # the place of the names of the columns, for a message
 

@@ -19,7 +19,7 @@ from jitscale.preparation.webdataset_info import INFO, counts_of, wrong_count
 
 
 def has_tars(listing: Listing) -> bool:
-    """Whether tars lie in a folder."""
+    """True if tars lie in a folder."""
     return bool(listing.paths("tar"))
 
 

@@ -11,7 +11,7 @@ from jitscale.errors import DataError, data_error
 
 
 def is_tar_of_tars(path: Path) -> bool:
-    """Whether the first file in it is a tar. False for a damaged tar: reading it as webdataset's says what is wrong."""
+    """True if the first file in it is a tar. False for a damaged tar: reading it as webdataset's says what is wrong."""
     try:
         with tarfile.open(path, "r:") as tar:
             return next(

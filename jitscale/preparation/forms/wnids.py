@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from jitscale.errors import DataError
 
 _WNID = re.compile(r"(?:^|[/_])(n\d{8})(?:_\d+)?\.\w+$")  # n01440764_10026.JPEG, ILSVRC2012_val_00000001_n01751748.JPEG
-_CLASSES = 1000  # of ImageNet, whose labels are in the order of the WNIDs
+_CLASSES = 1000  # number of ImageNet's classes, whose labels are in the order of the WNIDs
 _REMEDY = "the file is wrong, or its classes have another order: name them with --class-names, which turns this off"
 
 
@@ -14,8 +14,8 @@ _REMEDY = "the file is wrong, or its classes have another order: name them with 
 class WnidCheck:
     """Compares the label of each image with the WNID in its path."""
 
-    _labels: dict[str, tuple[int, str]] = field(default_factory=dict)  # by WNID: the label, and its first place
-    _wnids: dict[int, str] = field(default_factory=dict)  # by label
+    _labels: dict[str, tuple[int, str]] = field(default_factory=dict)  # key: WNID; values: label, its first place
+    _wnids: dict[int, str] = field(default_factory=dict)  # key: label
 
     def see(self, path: str, label: int, place: str) -> None:
         """Compare one image with earlier ones. Raises a DataError if a class has two WNIDs, or a WNID two classes."""

@@ -59,7 +59,7 @@ def judged_waits(done: Finished) -> Outcome:
     waits, pageable, late, places = waits_of(done.step)
     ok = done.code == 0 and waits == 0 and pageable == 0 and late <= 1
     return Outcome(
-        ok, f"the host waits {waits} times a step, {pageable} pageable copies, {late} late reads of an event", places
+        ok, f"the host waits {waits} times per step, {pageable} pageable copies, {late} late reads of an event", places
     )
 
 
