@@ -20,8 +20,8 @@ ELSEWHERE = {"docs/own-images.md", "CHANGELOG.md"}
 # Commands of programs in SMALL that are only parsed, and why.
 HUB = "python tools/make_shards.py --input hub_data --split train --output /data/hub_256 --resolution 256 --codec webp"
 NOT_SMALL = {
-    HUB: "tests/preparation reads Parquet files of the Hub",
-    f"{HUB} --class-names wnids.txt": "tests/preparation reads Parquet files of the Hub",
+    HUB: "tests/preparation/test_hub.py packs Parquet files of the Hub",
+    f"{HUB} --class-names wnids.txt": "tests/preparation/test_hub.py packs Parquet files of the Hub",
 }
 
 
