@@ -32,8 +32,8 @@ class ExitCode(IntEnum):
     DONE = 0, "The command has done all its work.", "Nothing."
     FAILED = (
         1,
-        "A failure that a new start may survive: a disk or network that fails or is full, a GPU whose memory is full, "
-        "a lost rank, a rank that hangs. Or an error that nobody expected, with a traceback.",
+        "A failure that a new start may survive: a disk or network that fails or is full, a lost rank, a rank that "
+        "hangs, a GPU whose memory another process holds. Or an error that nobody expected, with a traceback.",
         "Read the line that begins with `error:`, or the traceback. Repair the cause and start the same command again. "
         "A Slurm job of this project returns to the queue by itself.",
     )
@@ -87,10 +87,15 @@ class RankLostError(RendezvousError):
 
 
 class GPUMemoryError(RuntimeError):
-    """A GPU's memory is full. Either the settings ask for too much, or another process holds memory on this GPU.
+    """A GPU's memory is full.
 
-    In the second case a new start may succeed, so a job is requeued (exit code 1).
+    If this process holds most of it, the settings ask for too much: `from_settings`, exit code 2. Otherwise another
+    process holds memory on this GPU, and a new start may succeed: exit code 1, so that a job is requeued.
     """
+
+    def __init__(self, message: str, *, from_settings: bool) -> None:
+        super().__init__(message)
+        self.from_settings = from_settings
 
 
 class ConfigError(UserError):
@@ -165,16 +170,18 @@ def first_line(error: BaseException) -> str:
 def exit_with_message(command: Callable[[], int], *, same_on_all_ranks: bool = True) -> None:
     """Run `command` and leave the process with its exit code.
 
-    A `UserError` becomes one message and exit code 2. A `RendezvousError`, a `GPUMemoryError`, an OSError, or a
-    `StorageError` whose path is right becomes one message and exit code 1. If errors are the `same_on_all_ranks`, only
-    global rank 0 prints them. Only commands that call `adopt_launcher_environment` may pass True: without it, RANK may
-    be a leftover of another command.
+    A `UserError` becomes one message and exit code 2. A `RendezvousError`, an OSError, or a `StorageError` whose path
+    is right becomes one message and exit code 1. A `GPUMemoryError` becomes one message and either code.
+
+    If errors are the `same_on_all_ranks`, only global rank 0 prints them. Only commands that call
+    `adopt_launcher_environment` may pass True: without it, RANK may be a leftover of another command.
     """
     try:
         code = command()
     except (UserError, RendezvousError, GPUMemoryError, OSError) as error:
         may_pass = isinstance(error, StorageError) and not error.is_wrong
-        code = ExitCode.USER_ERROR if isinstance(error, UserError) and not may_pass else ExitCode.FAILED
+        mistaken = error.from_settings if isinstance(error, GPUMemoryError) else isinstance(error, UserError)
+        code = ExitCode.USER_ERROR if mistaken and not may_pass else ExitCode.FAILED
         own = (LauncherError, RendezvousError, GPUMemoryError, OSError)
         of_one_rank = isinstance(error, own) or not same_on_all_ranks
         if of_one_rank or os.environ.get("RANK", "0") == "0":

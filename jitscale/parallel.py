@@ -36,10 +36,9 @@ LONGEST_SECONDS = 365 * 86_400.0
 BUCKET_ELEMENTS = 2**26  # in one collective: 256 MiB in float32
 FIRST_WORD, NEXT_WORD = 5.0, 30.0  # seconds until rank 0 first logs that it waits for ranks, and between repeats
 OTHERS_WORD = 60.0  # the same for other ranks; hundreds of ranks that log more often would hide the rest of the log
-MEMORY_REMEDY = (
-    "if another process holds memory there, end it; otherwise lower engine.micro_batch_size (training) or "
-    "evaluation.block_size (sampling); tools/plan.py shows the memory of a run"
-)
+MOST_MEMORY = 0.8  # part of a GPU's memory; a process that holds more is the one that fills it
+LOWER = "lower engine.micro_batch_size (training) or evaluation.block_size (sampling); tools/plan.py counts the memory"
+END_IT = "another process holds memory there: end it, and start the same command again"
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 
@@ -178,7 +177,9 @@ def joined(device: torch.device, hang_timeout: float = 0.0) -> Iterator[World]:
         barrier()  # rank 0 must not leave first: it serves the store of all ranks
     except torch.OutOfMemoryError as error:
         found = first_line(error).partition(" If reserved but unallocated")[0].rstrip(".")  # the rest is torch's advice
-        raise GPUMemoryError(f"rank {world.rank}: {found}; {MEMORY_REMEDY}") from error
+        ours = torch.cuda.memory_reserved(world.device) > MOST_MEMORY * torch.cuda.mem_get_info(world.device)[1]
+        message = f"rank {world.rank}: {found}; {LOWER if ours else END_IT}"
+        raise GPUMemoryError(message, from_settings=ours) from error
     except RuntimeError as error:
         if "gloo" not in str(error) or "by peer" not in str(error):  # a closed or reset connection
             raise

@@ -111,8 +111,15 @@ def test_a_lost_peer_is_a_one_line_error(
     assert not (tmp_path / "error.json").exists(), "torchrun must name another rank as the cause"
 
 
+@pytest.mark.parametrize(
+    ("reserved", "code", "remedy"),
+    [
+        (77, ExitCode.USER_ERROR, "lower engine.micro_batch_size (training) or evaluation.block_size"),
+        (20, ExitCode.FAILED, "another process holds memory there: end it, and start"),
+    ],
+)
 def test_a_gpu_whose_memory_is_full_is_one_line_with_the_remedy(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reserved: int, code: ExitCode, remedy: str
 ) -> None:
     def command() -> int:
         with parallel.joined(torch.device("cpu")):
@@ -123,15 +130,16 @@ def test_a_gpu_whose_memory_is_full_is_one_line_with_the_remedy(
 
     world = parallel.World(2, 4, 0, torch.device("cpu"))
     monkeypatch.setattr(parallel, "start", lambda device: world)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 79))
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(SystemExit) as met:
         exit_with_message(command)
-    assert met.value.code == ExitCode.FAILED, "another process may have held the memory"
+    assert met.value.code == code, "a job must not try again with settings that do not fit"
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: rank 2: CUDA out of memory. Tried to allocate 2.00 GiB.")
-    assert "1.5 GiB is free; if another process" in said
-    assert "lower engine.micro_batch_size" in said
+    assert f"1.5 GiB is free; {remedy}" in said
 
 
 @pytest.mark.parametrize("hang_timeout", [0.0, 8.0, 1700.0, 1800.0, 7200.0, 1e6])

@@ -1,6 +1,7 @@
 """The stages of a chain of jobs: train at a resolution, upgrade to another one, train there, evaluate."""
 
 import itertools
+import logging
 import os
 import re
 import time
@@ -23,6 +24,8 @@ KINDS = ("train", "upgrade", "evaluate")
 SECONDS_UNTIL_SLURM_ENDS_US = 3600.0
 BETWEEN_VALUES = re.compile(r",(?![^\[]*\]|[^{]*\})")  # a comma inside brackets or braces is part of a value
 UNFIT_FOR_NAMES = re.compile(r"[^\w.,=+\[\]-]+")  # in the name of a run's folder, where a / would create a subfolder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
     Raises a UserError if a kind is unknown, if an upgrade has no other resolution before it, or if a config is missing.
     """
     stages: list[Stage] = []
-    resolution, upgraded = "", False
+    resolution, upgraded = "", set[str]()
     for word in text.split(","):
         kind, _, given = word.strip().partition(":")
         if kind not in KINDS:
@@ -121,10 +124,10 @@ def parse_chain(text: str, stage: Stage, overrides: dict[str, list[str]]) -> lis
             raise UserError(f"--chain {text}: the first stage needs a resolution, such as train:256")
         if kind == "upgrade" and previous in ("", resolution):
             raise UserError(f"--chain {text}: upgrade:{resolution} needs a stage of another resolution before it")
-        upgraded = kind == "upgrade" or (upgraded and resolution == previous)
+        upgraded.update([resolution] if kind == "upgrade" else [])
         config, run_dir = _at(stage.config, resolution), _at(stage.run_dir, resolution)
-        if upgraded and (recipe := _finetuning(config)).exists():
-            config = recipe
+        if resolution in upgraded:
+            config = _after_upgrade(config, first=kind == "upgrade")
         if not config.exists():
             raise UserError(f"--chain {text}: {config}: no such config file, for {word}")
         source = _at(stage.run_dir, previous) if kind == "upgrade" else None
@@ -179,6 +182,12 @@ def _at(path: Path, resolution: str) -> Path:
     return path.with_name(f"{name}_{resolution}{suffix}")
 
 
-def _finetuning(config: Path) -> Path:
-    """The recipe after an upgrade: jit_h_512.yaml -> finetune_h_512.yaml."""
-    return config.with_name(re.sub(r"^jit_", "finetune_", config.name))
+def _after_upgrade(config: Path, *, first: bool) -> Path:
+    """The recipe of fine-tuning, if there is one: jit_h_512.yaml -> finetune_h_512.yaml. The `first` stage may warn."""
+    recipe = config.with_name(re.sub(r"^jit_", "finetune_", config.name))
+    if recipe.exists():
+        return recipe
+    if first and config.exists():
+        whole = "a whole training, unless the settings of these stages say otherwise"
+        logger.warning("there is no %s, so the stages from the upgrade on take %s: %s", recipe, config, whole)
+    return config

@@ -104,14 +104,20 @@ def test_options_are_passed_to_sbatch() -> None:
             parse_options(texts)
 
 
-def test_a_chain_goes_through_resolutions() -> None:
+def test_a_chain_goes_through_resolutions(caplog: pytest.LogCaptureFixture) -> None:
     stage = Stage("train", ROOT / "configs/jit_h_256.yaml", Path("runs/h"), ("optim.lr=1e-4",))
     stages = parse_chain("train:256,upgrade:512,train:512,evaluate", stage, {"512": ["optim.lr=1e-5"]})
     assert [s.kind for s in stages] == ["train", "upgrade", "train", "evaluate"]
     assert [s.run_dir.name for s in stages] == ["h_256", "h_512", "h_512", "h_512"]
     assert [s.config.name for s in stages] == ["jit_h_256.yaml"] + ["finetune_h_512.yaml"] * 3
-    (*_, trained), (*_, tuned) = parse_chain("train:512", stage, {}), parse_chain("train:512,upgrade:1024", stage, {})
-    assert [s.config.name for s in (trained, tuned)] == ["jit_h_512.yaml", "jit_h_1024.yaml"], "none for 1024 px"
+    back = parse_chain("train:256,upgrade:512,train:256,train:512", stage, {})
+    assert back[-1].config.name == "finetune_h_512.yaml", "it has been upgraded before"
+    assert parse_chain("train:512", stage, {})[0].config.name == "jit_h_512.yaml"
+    assert not caplog.records
+    assert parse_chain("train:512,upgrade:1024,train", stage, {})[-1].config.name == "jit_h_1024.yaml"
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "there is no" in said
+    assert "jit_h_1024.yaml: a whole training" in said
     assert stages[1].source == Path("runs/h_256")
     assert stages[2].overrides == ("optim.lr=1e-4", "optim.lr=1e-5")
     for chain, message in (
