@@ -11,13 +11,25 @@ Two pictures show what trained runs draw, from the grids in their folders; they 
 
 from pathlib import Path
 
-from figures import job, samples, step, system, upgrade_patch
+from figures import job, samples, step, system, upgrade_patch, upgrade_rows
 from jitscale.command import Parser
 from jitscale.errors import ExitCode, UserError, exit_with_message
 
 IMAGES = Path(__file__).parent / "images"
-FIGURES = {"system": system.draw, "step": step.draw, "upgrade_patch": upgrade_patch.draw, "job": job.draw}
+FIGURES = {
+    "system": system.draw,
+    "step": step.draw,
+    "upgrade": upgrade_rows.draw,
+    "upgrade_patch": upgrade_patch.draw,
+    "job": job.draw,
+}
 OF_RUNS = {"samples": ("letters", "digits"), "own_images": ("letters",)}  # and the options that they need
+FORMATS = {"samples": ".jpg", "own_images": ".jpg", "upgrade": ".webp"}  # they have more colours than a small PNG
+
+
+def file_name(figure: str) -> str:
+    """The name of a figure's file."""
+    return figure + FORMATS.get(figure, ".png")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         if missing := [f"--{option}" for option in OF_RUNS.get(name, ()) if getattr(options, option) is None]:
             raise UserError(f"{name}: needs {' and '.join(missing)}; see --help")
     for name in options.figures or FIGURES:
-        path = options.output / f"{name}.png"
+        path = options.output / file_name(name)
         if name == "samples":
             samples.draw_both(path, options.letters, options.digits)
         elif name == "own_images":

@@ -24,11 +24,13 @@ STYLE: Any = {
     "grid.alpha": 0.3,
     "axes.formatter.min_exponent": 5,  # on logarithmic axes too: 100, not a power of ten
     "font.size": 9,
+    "legend.fontsize": 8,
     "legend.frameon": False,
     "svg.hashsalt": "jitscale",  # equal data give equal files
     "svg.fonttype": "path",
 }
-# A PNG has two pixels for each pixel of a page, for sharp screens, and is not wider than a page needs.
+# A page shows a figure in about 800 pixels. The PNG has about twice as many, for sharp screens. If a figure is 8.4
+# inches wide, text of 8 points is 10 pixels high on the page. In a much wider figure, nobody can read it.
 DPI, MOST_PIXELS_WIDE = 200, 2000
 PNG_COLOURS = 256
 UNCONNECTED: Any = {"linestyle": "none", "linewidth": 1.5, "markersize": 6}  # for points without a line
@@ -36,13 +38,22 @@ UNCONNECTED: Any = {"linestyle": "none", "linewidth": 1.5, "markersize": 6}  # f
 
 @contextmanager
 def figure(
-    target: Path | StringIO, panels: int, width: float = 4.2, height: float = 3.4, rows: int = 1
+    target: Path | StringIO, panels: int | str, width: float = 4.2, height: float = 3.4, rows: int = 1
 ) -> Iterator[Sequence[Axes]]:
-    """Panels in `rows` rows, saved at the end of the block to a .svg or .png file, or as SVG into a buffer."""
+    """Panels in `rows` rows, saved at the end of the block to a .svg or .png file, or as SVG into a buffer.
+
+    `panels` is the number in each row, or the places of all panels, such as "AB;CC": two, and a wide one below them.
+    """
     with mpl.rc_context(STYLE):
-        size = (width * panels, height * rows)
-        drawn, axes = plt.subplots(rows, panels, figsize=size, layout="constrained", squeeze=False)
-        yield list(axes.flat)
+        places: list[Any] = (
+            [list(row) for row in panels.split(";")]
+            if isinstance(panels, str)
+            else [[row * panels + number for number in range(panels)] for row in range(rows)]
+        )
+        size = (width * len(places[0]), height * len(places))
+        drawn = plt.figure(figsize=size, layout="constrained")
+        axes: dict[Any, Axes] = drawn.subplot_mosaic(places)
+        yield list(axes.values())
         if isinstance(target, Path):
             target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(target, StringIO) or target.suffix == ".svg":

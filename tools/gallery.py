@@ -282,7 +282,7 @@ def _figure(
         positive = all(value > 0 for points in found.values() for _, value in points)
         axis.set(xlabel="images seen", ylabel=name, yscale="log" if positive and log else "linear")
         if len(found) > 1 or always_labelled:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7)  # labels may be long paths
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]  # HTML does not take the XML prolog
 

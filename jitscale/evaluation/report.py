@@ -70,4 +70,4 @@ def draw_sweep(result: dict[str, Any], path: Path) -> None:
                 scales = [row[along] for row in precise]
                 axis.plot(scales, [row[key] for row in precise], "k*", label=f"{precise[0]['num_images']} images")
             axis.set(xlabel=along.replace("_", " "), ylabel=name, title=f"{name}, {fewest} images each")
-        panels[0].legend(fontsize=7)
+        panels[0].legend()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import draw
-from figures import step, upgrade_patch
+from figures import step, upgrade_patch, upgrade_rows
 from jitscale.checkpoints.upgrade import AREA_MEANS
 from jitscale.errors import UserError
 from jitscale.evaluation.generate import tile
@@ -26,12 +26,12 @@ PICTURES = [
 
 def test_all_figures_are_drawn_and_small(tmp_path: Path) -> None:
     assert draw.main(["--output", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in draw.FIGURES}
+    assert {path.name for path in tmp_path.iterdir()} == {draw.file_name(name) for name in draw.FIGURES}
     for path in tmp_path.iterdir():
         drawn, kept = Image.open(path), Image.open(ROOT / "docs/images" / path.name)
         assert drawn.size == kept.size, f"{path.name} is not what docs/draw.py draws; run make docs"
         assert path.stat().st_size < LARGEST
-        assert len(drawn.convert("RGB").getcolors(256) or []) > 10, f"{path.name} is empty"
+        assert len(drawn.convert("RGB").getcolors(drawn.width * drawn.height) or []) > 10, f"{path.name} is empty"
 
 
 @pytest.mark.parametrize("kernel", AREA_MEANS)
@@ -45,6 +45,19 @@ def test_pooling_undoes_the_upgrade_of_the_letter(kernel: str) -> None:
     np.testing.assert_allclose(means, letter, atol=1e-12)
     repeated = letter.repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert bool((result.large - repeated).abs().max() < 1e-12) == (kernel == "nearest")
+
+
+def test_the_rows_of_the_upgrade_are_shown_pixel_by_pixel(tmp_path: Path) -> None:
+    """Enlarged, between their labels; a sample of the upgraded network, averaged down, is the old sample."""
+    upgrade_rows.draw(tmp_path / "upgrade.webp")
+    shown, stored = (
+        np.asarray(Image.open(path).convert("RGB")) for path in (tmp_path / "upgrade.webp", upgrade_rows.STORED)
+    )
+    rows = np.split(stored, 5)
+    for number, row in enumerate(rows):
+        enlarged = shown[136 * number : 136 * number + 128, -1024:]
+        np.testing.assert_array_equal(enlarged, row.repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(rows[0], rows[1])
 
 
 def _grid(path: Path, size: int, first: int) -> None:
@@ -63,11 +76,11 @@ def test_samples_stand_in_the_order_of_classes_and_ids(tmp_path: Path) -> None:
     command += ["--digits", str(tmp_path / "digits.png")]
     assert draw.main(command) == 0
 
-    both = np.asarray(Image.open(tmp_path / "samples.png").convert("L"))
+    both = np.asarray(Image.open(tmp_path / "samples.jpg").convert("L"))
     np.testing.assert_array_equal(both[64:528:132, 64::132], shown.T)
     squares = both[-128:][32::66, 32::66].reshape(2, 10, 2)  # of two rows
     np.testing.assert_array_equal(squares.swapaxes(0, 1).reshape(10, 4), shown + 100)
-    letters = np.asarray(Image.open(tmp_path / "own_images.png").convert("L"))
+    letters = np.asarray(Image.open(tmp_path / "own_images.jpg").convert("L"))
     np.testing.assert_array_equal(letters[64::132, 64::132], np.hstack([shown[:5], shown[5:]]))
 
     _grid(tmp_path / "digits.png", 32, 100)

@@ -73,7 +73,7 @@ def draw(summary: Summary, path: Path) -> None:
         for number, way in enumerate(WAYS):
             curve(losses, images, summary["held_out_model"][way], TITLES[way], number)
         losses.set(xlabel="thousand images seen", ylabel="held-out loss", title="held-out digits")
-        losses.legend(fontsize=7)
+        losses.legend()
         titles = ("training loss", "held-out, weights", "held-out, average")
         for number, (key, title) in enumerate(zip(LOSSES, titles, strict=True)):
             by_seed = zip(*(summary[key][way] for way in WAYS), strict=True)
@@ -81,7 +81,7 @@ def draw(summary: Summary, path: Path) -> None:
             curve(differences, images, relative, title, number)
         differences.axhline(0, color="black", linewidth=0.8, linestyle=":")
         differences.set(xlabel="thousand images seen", ylabel="%", title="bf16 weights minus autocast")
-        differences.legend(fontsize=7)
+        differences.legend()
 
 
 def describe(summary: Summary) -> list[str]:

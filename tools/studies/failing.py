@@ -42,12 +42,12 @@ def summarise(outcomes: Outcomes) -> Summary:
 def draw(summary: Summary, path: Path) -> None:
     """Distance over training, and samples of the same noise after more and more images."""
     images = [count / 1000 for count in summary["images"]]
-    with figure(path, panels=3) as (distances, *samples):
+    with figure(path, "AA;BC") as (distances, *samples):
         for number, (way, name) in enumerate(WAYS.items()):
             curve(distances, images, summary["fid"][way], name, number)
         distances.axhline(summary["floor"], color="black", linewidth=0.8, linestyle=":")
         distances.set(xlabel="thousand images seen", ylabel="digits-FID", yscale="log")
-        distances.legend(fontsize=7)
+        distances.legend()
         for axis, way in zip(samples, WAYS, strict=True):
             show_png(axis, summary["strips"][way], [f"{count:g}k" for count in images[1::2]])
             axis.set_title(f"{way}-prediction")

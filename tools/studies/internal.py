@@ -84,7 +84,7 @@ def draw(summary: Summary, path: Path) -> None:
         plain = {scale: fid["0"][way(1.0, scale)] for scale in (1.0, *SCALES)}
         curve_over(axes[0], plain, "classifier-free guidance, its scale", 0, linestyle="--")
         for axis in axes:
-            axis.legend(fontsize=7)
+            axis.legend()
 
 
 def describe(summary: Summary) -> list[str]:

@@ -61,7 +61,7 @@ def draw(summary: Summary, path: Path) -> None:
             axis.axhline(summary["floor"][patches], color="black", linewidth=0.8, linestyle=":")
             axis.set_xticks(range(len(SPACES)), [f"{loss}-loss" for loss in SPACES])
             axis.set(ylabel="digits-FID", yscale="log", title=title)
-            axis.legend(fontsize=7)
+            axis.legend()
             pairs = list(product(SPACES, SPACES))
             strips = [summary["cells"][patches][loss][prediction]["strip"] for prediction, loss in pairs]
             show_png(below, strips, [f"{prediction}-prediction, {loss}-loss" for prediction, loss in pairs])

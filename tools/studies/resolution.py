@@ -67,7 +67,7 @@ def noisy(size: int, noise_scale: float) -> Any:
 
 def draw(summary: Summary, path: Path) -> None:
     """Noise after pooling; log SNR; distances with and without the noise scale; distances over mu."""
-    with figure(path, panels=4, width=3.6) as (seen, ratio, scales, means):
+    with figure(path, panels=2, rows=2) as (seen, ratio, scales, means):
         rows = [[noisy(size, 1.0) for size in SIZES], [noisy(size, size / SIZES[0]) for size in SIZES]]
         seen.imshow(np.concatenate([np.concatenate(row, 1) for row in rows]), interpolation="nearest")
         seen.set_yticks([16, 48], ["scale 1", "scale k"])
@@ -79,7 +79,7 @@ def draw(summary: Summary, path: Path) -> None:
             log_snr = 2 * np.log(t / (1 - t)) + 2 * np.log(size / SIZES[0])
             ratio.plot(t, log_snr, color=COLOURS[number], label=f"{size} px, scale 1")
         ratio.set(xlabel="t", ylabel="log SNR after pooling to 32 px")
-        ratio.legend(fontsize=7)
+        ratio.legend()
         for number, (key, label) in enumerate((("scaled", "noise scale k"), ("unscaled", "noise scale 1"))):
             curve_over(scales, {size: summary[key][str(size)] for size in SIZES}, label, number)
         scales.set_xticks(SIZES)
@@ -89,7 +89,7 @@ def draw(summary: Summary, path: Path) -> None:
         curve_over(means, {DEFAULT_MU: summary["scaled"]["64"]}, "64 px, scale 2", **UNCONNECTED)
         means.set_xticks(MUS)
         means.set(xlabel="mean of the times' logits, mu", ylabel="glyphs-FID")
-        means.legend(fontsize=7)
+        means.legend()
 
 
 def describe(summary: Summary) -> list[str]:

@@ -68,7 +68,7 @@ def draw(summary: Summary, path: Path) -> None:
                 look = {**UNCONNECTED, "fillstyle": "none" if "images" in row else "full"}
                 curve_over(axis, {found["flops"] / 1e12: found[key]}, row, number, **look)
             axis.set(xlabel="training compute (TFLOP)", ylabel=KEYS[key])
-        axes[0].legend(fontsize=7)
+        axes[0].legend()
 
 
 def describe(summary: Summary) -> list[str]:

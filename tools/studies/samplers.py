@@ -132,7 +132,7 @@ def draw(summary: Summary, path: Path) -> None:
                 axis.set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
                 axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
                 axis.set_title(f"{data}, {summary[data]['images']:,} images")
-                axis.legend(fontsize=7)
+                axis.legend()
 
 
 def describe(summary: Summary) -> list[str]:

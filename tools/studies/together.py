@@ -88,9 +88,9 @@ def draw(summary: Summary, path: Path) -> None:
                 axis.annotate(str(evaluations), (place, mean + deviation), ha="center", va="bottom", fontsize=7)
         axis.axhline(summary["floor"], color="black", linewidth=0.8, linestyle=":")
         axis.set_xticks(range(len(RECIPES)), [name.replace(" ", "\n", 1) for name in RECIPES])
-        axis.set(ylabel="glyphs-FID", title="equal training compute; above each bar: evaluations an image")
+        axis.set(ylabel="glyphs-FID", title="equal training compute; above each bar: evaluations per image")
         axis.margins(y=0.2)
-        axis.legend(fontsize=7, ncols=len(SCALES), loc="upper center")
+        axis.legend(ncols=len(SCALES), loc="upper center")
 
 
 def describe(summary: Summary) -> list[str]:

@@ -99,7 +99,7 @@ def draw(summary: Summary, path: Path) -> None:
         spent = sum(float(curves[low]["images"][-1] * curves[low]["flops_an_image"]) for low in before)
         return [(spent + images * curves[name]["flops_an_image"]) / 1e12 for images in curves[name]["images"]]
 
-    with figure(path, panels=3) as (at_64, at_128, variants):
+    with figure(path, "AB;CC") as (at_64, at_128, variants):
         for axis, size, tuned in (
             (at_64, 64, {"tuned_64": ("low",), "tuned_long_64": ("long",)}),
             (at_128, 128, {"tuned_128": ("long", "tuned_long_64")}),
@@ -107,13 +107,13 @@ def draw(summary: Summary, path: Path) -> None:
             scratch = f"scratch_{size}"
             curve(axis, compute(scratch), curves[scratch]["fid"], "from scratch")
             for number, (name, before) in enumerate(tuned.items(), start=1):
-                low = "64 px" if size == 128 else f"{curves[before[0]]['images'][-1] // 1000}k images at 32 px"
+                low = "from 64 px" if size == 128 else f"after {curves[before[0]]['images'][-1] // 1000}k at 32 px"
                 fid = curves[name]["fid"]
-                curve(axis, compute(name), fid, f"upgraded from {low}", number)
+                curve(axis, compute(name), fid, f"upgraded {low}", number)
                 counted: Any = {"linestyle": ":", "alpha": 0.7}
                 curve(axis, compute(name, *before), fid, "  the low resolution counted", number, **counted)
             axis.set(xlabel="training compute (TFLOP)", ylabel="glyphs-FID", yscale="log", title=f"{size} x {size}")
-            axis.legend(fontsize=7)
+            axis.legend()
         names = list(VARIANTS)[::-1]
         ends = [[seed[-1] for seed in summary["variants"][name]["fid"]] for name in names]
         base = np.array(ends[names.index("nearest")])
