@@ -22,10 +22,10 @@ from jitscale.planner.memory import parameter_shapes
 from tests.support import ROOT
 
 LARGEST = 300_000  # bytes of a picture: a page has several
-# The fonts are those of matplotlib, so pictures have the same pixels everywhere, except for antialiasing. Releases before
+# Matplotlib brings its own fonts, so pictures have the same pixels everywhere, except for antialiasing. Releases before
 # 3.11 (constraints.txt has 3.10 for Python 3.10) set text differently: with them, only the sizes are compared.
 LIKE_KEPT = mpl.__version_info__ >= (3, 11)
-CLEARLY = 64  # of 255 levels
+CLEARLY = 64  # levels between 0 and 255
 MOST_DIFFERENT = 2e-5  # share of the pixels: one digit is more
 PICTURES = [
     path
@@ -36,7 +36,7 @@ PICTURES = [
 
 
 def different(one: Image.Image, other: Image.Image) -> float:
-    """The share of pixels that differ clearly."""
+    """Return the share of pixels that differ clearly."""
     first, second = (np.asarray(picture.convert("RGB")).astype(int) for picture in (one, other))
     return float((np.abs(first - second).max(axis=2) > CLEARLY).mean())
 
@@ -97,7 +97,7 @@ def test_samples_stand_in_the_order_of_classes_and_ids(tmp_path: Path) -> None:
 
     both = np.asarray(Image.open(tmp_path / "samples.jpg").convert("L"))
     np.testing.assert_array_equal(both[64:528:132, 64::132], shown.T)
-    squares = both[-128:][32::66, 32::66].reshape(2, 10, 2)  # of two rows
+    squares = both[-128:][32::66, 32::66].reshape(2, 10, 2)  # two rows of a class
     np.testing.assert_array_equal(squares.swapaxes(0, 1).reshape(10, 4), shown + 100)
     letters = np.asarray(Image.open(tmp_path / "own_images.jpg").convert("L"))
     np.testing.assert_array_equal(letters[64::132, 64::132], np.hstack([shown[:5], shown[5:]]))

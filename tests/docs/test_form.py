@@ -21,10 +21,10 @@ from tests.support.pages import (
 
 COLUMNS = 100  # at which prose wraps
 README_LINES = 130
-PROSE_COLUMNS = 4  # of a table, at most
+PROSE_COLUMNS = 4  # the most in a table
 PROSE_WORDS = 6  # a cell with more is prose
 
-# Words that are surely wrong, in pages and in comments, docstrings and messages of the code; and what to write.
+# Words that are surely wrong, in pages and in comments, docstrings and messages of the code, each with its replacement.
 BANNED = {
     r"beside": "next to, besides, with",
     r"shall": "must, will",
@@ -100,7 +100,7 @@ def banned_words(text: str, first: int = 1) -> list[str]:
 
 
 def banned_words_of_python(path: Path) -> list[str]:
-    """Those of a file's comments, docstrings and messages."""
+    """The banned words in a file's comments, docstrings and messages."""
     with path.open("rb") as file:
         kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
         tokens = [token for token in tokenize.tokenize(file.readline) if token.type in kinds]
@@ -108,7 +108,7 @@ def banned_words_of_python(path: Path) -> list[str]:
 
 
 def _without_names(string: str) -> str:
-    """A string without what an f-string puts in: the code may call its things as it likes."""
+    """The text of an f-string without its expressions: names in the code are free."""
     formatted = re.match(r"(?i)[rb]*f[rb]*['\"]", string)
     return re.sub(r"\{[^{}\n]*\}", "{}", string) if formatted else string
 

@@ -31,7 +31,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Templates:
 
 
 def failures_of(name: str, text: str, page: SmallPage, done: set[str]) -> list[str]:
-    """Run the commands of the page `name`, which are not among the ones that are `done`; returns what failed."""
+    """Run the commands of the page `name` that are not among `done`; returns the failures."""
     failed = []
     for number, words in _commands(text):
         try:
@@ -57,7 +57,7 @@ def _commands(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def but_for_names(words: list[str]) -> str:
-    """A small command without what changes nothing but the place: names of folders, and the network's size."""
+    """A small command without names of folders and without the network's size."""
     command = " ".join(word for word in words if not word.startswith("run.dir="))
     return re.sub(r"configs/jit_[blhg]_", "configs/", re.sub(r"\b(runs|data)/[\w./-]+|(?<=--output )\S+", "X", command))
 

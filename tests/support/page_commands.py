@@ -1,7 +1,7 @@
-"""Parses a command of a page with the real parsers, as far as that needs no data, cluster or GPU.
+"""Parses a command of a page with the real parsers. It needs no data, no cluster and no GPU.
 
 A run's command composes its whole configuration: names, types, limits and the rules that span several settings. Tools
-stop after their command line is parsed. For programs that are not ours, a short list says which a page may use.
+stop after their command line is parsed. Of other programs, a page may use those of a short list.
 """
 
 import importlib
@@ -49,7 +49,7 @@ ALLOWED = {
     "module",
 }
 ALLOWED |= {"nvidia-smi", "rsync", "sacct", "scancel", "scontrol", "source", "squeue", "tail", "wandb"}
-LAUNCHERS = {"srun", "mpirun"}  # they start what begins with `python`
+LAUNCHERS = {"srun", "mpirun"}  # they start the command that begins with `python`
 # Refusals of a command that is named in part.
 MISSING = re.compile(
     "the following arguments are required|one of the arguments|argument .*: expected (?:at least )?one "
@@ -160,7 +160,7 @@ def _check(words: Sequence[str], context: Context) -> None:
     elif program in LAUNCHERS:
         if "python" in words:
             _python(words[words.index("python") + 1 :], context)
-    elif (ROOT / program).is_file():  # a script of the checkout, which runs what follows
+    elif (ROOT / program).is_file():  # a script of the checkout that runs a command
         if words[1:2] == ["python"]:
             _python(words[2:], context)
     elif program in ALLOWED:
@@ -359,7 +359,7 @@ def _submit(options: Any, context: Context) -> None:
 
 
 def _torchrun(words: Sequence[str], context: Context) -> None:
-    """With torchrun's own parser, which takes abbreviations also from what it starts."""
+    """Parse with torchrun's own parser. It takes abbreviations of its options also from the command that it starts."""
     with redirect_stderr(io.StringIO()) as said:
         try:
             options = torchrun_parser().parse_args([*words, *([] if _starts_something(words) else ["train.py"])])
@@ -416,7 +416,7 @@ def _sbatch(words: Sequence[str], context: Context) -> None:
     elif started := re.search(r"^supervise (\w+)(.*) \"\$@\"$", text, re.MULTILINE):
         _module(f"jitscale.{started[1]}", [*started[2].split(), *rest], context)
     else:
-        raise WrongCommandError(f"{script}: nothing says here what it starts; add it to `_sbatch`")
+        raise WrongCommandError(f"{script}: the command that it starts is unknown; add it to `_sbatch`")
 
 
 def _make(words: Sequence[str]) -> None:

@@ -37,7 +37,7 @@ MEASURING = tuple(f"evaluation.{setting}" for setting in MEASURE)
 LOW, HIGH, PLUS = "configs/jit_b_256.yaml", "configs/finetune_b_512.yaml", "configs/jit_b_256_plus.yaml"
 LONGER = "run.max_images=64"  # for snapshots from which averages of many widths can be made
 AUTHORS = ("--to", "authors", "--ema1", "ema_0.9996", "--ema2", "ema_0.9998")
-SIZES = (8, 16, 32, 64, 128)  # of the shards
+SIZES = (8, 16, 32, 64, 128)  # pixels per side of the shards
 KINDS = {"plus": re.compile("plus|internal"), "high": re.compile("512|1024|64px")}  # by the names of runs; others: low
 
 
@@ -95,7 +95,7 @@ class SmallPage:
     def __init__(self, folder: Path, templates: Templates) -> None:
         self.folder = folder
         self.templates = templates
-        self.runs = 0  # that begin in a folder which the page does not name
+        self.runs = 0  # number of runs in a folder that the page does not name
         link_checkout(folder)
         (folder / "shards").symlink_to(templates.folder / "shards")
 
