@@ -25,7 +25,7 @@ from tests.support.pages import (
 # Names that are on a page and no longer in the code. Only CHANGELOG.md speaks of the past.
 PAST_SETTINGS: dict[str, str] = {}  # a name, and its new name or the reason of its end
 PAST_FILES: dict[str, str] = {}
-PAST_COMMANDS: dict[str, str] = {}
+PAST_COMMANDS = {"tools/benchmark.py --compare reference": "now --compare authors"}
 PAGE_OF_THE_PAST = "CHANGELOG.md"
 NOT_SETTINGS = {  # names on any page that look like settings
     "model.weights_name": "an attribute of what jitscale.load_model returns",
