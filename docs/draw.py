@@ -23,7 +23,7 @@ FIGURES = {
     "upgrade_patch": upgrade_patch.draw,
     "job": job.draw,
 }
-OF_RUNS = {"samples": ("letters", "digits"), "own_images": ("letters",)}  # and the options that they need
+OF_RUNS = {"samples": ("letters", "digits"), "own_images": ("letters",)}  # figures of runs, and their options
 FORMATS = {"samples": ".jpg", "own_images": ".jpg", "upgrade": ".webp"}  # they have more colours than a small PNG
 
 

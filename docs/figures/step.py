@@ -7,8 +7,8 @@ from figures.canvas import BLUE, GREEN, LINE, LINE_HEIGHT, ORANGE, PURPLE, QUIET
 # Milliseconds, all from docs/performance.md. First the sums of "Where a step of H goes".
 PRODUCTS, ATTENTION, FUSED, COMPILED, OPTIMIZER, COPIES = 94, 23, 25, 10, 15, 6
 STEP = 177  # "On a GPU"
-HOST = 78  # "The host limits small shares": an upper bound
-LAUNCHES = 529  # "Launches and waits of the host"
+LAUNCHES = 529  # "What the host asks of the GPU", on one rank
+HOST = 72  # "The host limits small shares": an upper bound for these launches
 BACKWARD = 2  # forward passes that a backward pass is worth: counted from shapes, not measured
 BUCKETS = 30  # number of buckets of H's gradients, by jitscale.planner.buckets
 
@@ -48,7 +48,7 @@ def draw(path: Path) -> None:
         _bar(drawing, lanes[1], 0, 5, "", GREEN, 0.5)
         drawing.text(_at(7.5), lanes[1] + TALL / 2, "batch of step n + 3, 13 MB, from page-locked memory", align="left")
         _lane(drawing, lanes[2], "Host", "one thread")
-        _bar(drawing, lanes[2], 0, HOST, f"starts step n + 2: {LAUNCHES} launches, at most {HOST} ms", ORANGE, 0.32)
+        _bar(drawing, lanes[2], 0, HOST, f"step n + 2: {LAUNCHES} launches, at most {HOST} ms", ORANGE, 0.32)
         _bar(drawing, lanes[2], HOST, STEP, "waits for the end of step n", ORANGE, 0.08)
         _lane(drawing, lanes[3], "GPU", "kernels")
         _bar(drawing, lanes[3], 0, forward, "forward", BLUE, 0.25)

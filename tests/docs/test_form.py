@@ -21,10 +21,10 @@ from tests.support.pages import (
 
 COLUMNS = 100  # at which prose wraps
 README_LINES = 130
-PROSE_COLUMNS = 4  # of a table, at most
+PROSE_COLUMNS = 4  # the most in a table
 PROSE_WORDS = 6  # a cell with more is prose
 
-# Words that are surely wrong, in pages and in comments, docstrings and messages of the code; and what to write.
+# Words that are surely wrong, in pages and in comments, docstrings and messages of the code, each with its replacement.
 BANNED = {
     r"beside": "next to, besides, with",
     r"shall": "must, will",
@@ -45,7 +45,7 @@ CODE = ("configs/", "docs/", "jitscale/", "slurm/", "tools/")
 # A measured number: three significant digits at least, with a unit.
 NUMBER = re.compile(
     r"(?<![\w.,])(?P<number>\d[\d,]*(?:\.\d+)?)\s?"
-    r"(?P<unit>ms|s|min|GB|GiB|MB|MiB|images/s|images a second|%|TFLOP/s)(?![\w/])"
+    r"(?P<unit>ms|s|min|GB|GiB|MB|MiB|images/s|images per second|%|TFLOP/s)(?![\w/])"
 )
 # Numbers that may stand on several pages: limits, settings, sizes of things, different numbers that are equal.
 NOT_MEASURED = {
@@ -100,7 +100,7 @@ def banned_words(text: str, first: int = 1) -> list[str]:
 
 
 def banned_words_of_python(path: Path) -> list[str]:
-    """Those of a file's comments, docstrings and messages."""
+    """The banned words in a file's comments, docstrings and messages."""
     with path.open("rb") as file:
         kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
         tokens = [token for token in tokenize.tokenize(file.readline) if token.type in kinds]
@@ -108,7 +108,7 @@ def banned_words_of_python(path: Path) -> list[str]:
 
 
 def _without_names(string: str) -> str:
-    """A string without what an f-string puts in: the code may call its things as it likes."""
+    """The text of an f-string without its expressions: names in the code are free."""
     formatted = re.match(r"(?i)[rb]*f[rb]*['\"]", string)
     return re.sub(r"\{[^{}\n]*\}", "{}", string) if formatted else string
 
@@ -121,7 +121,7 @@ def measured_numbers(page: str) -> dict[str, int]:
             digits = each["number"].replace(",", "")
             digits = digits.replace(".", "").lstrip("0") if "." in digits else digits.strip("0")
             if len(digits) >= 3:
-                unit = each["unit"].replace("images a second", "images/s")
+                unit = each["unit"].replace("images per second", "images/s")
                 found.setdefault(f"{each['number']} {unit}", number)
     return found
 
@@ -187,7 +187,7 @@ def test_what_breaks_the_form_is_found(tmp_path: Path) -> None:
 
 
 def test_a_number_on_two_pages_is_found() -> None:
-    assert measured_numbers("It took 3.21 s, 5 s, 1,000 MB, 0.01%, 12.8%, 141 images a second and `4.56 s`.") == {
+    assert measured_numbers("It took 3.21 s, 5 s, 1,000 MB, 0.01%, 12.8%, 141 images per second and `4.56 s`.") == {
         "3.21 s": 1,
         "12.8 %": 1,
         "141 images/s": 1,

@@ -1,4 +1,4 @@
-"""Every link of the pages leads somewhere, and every mention of a page in the code."""
+"""Every link of the pages, and every mention of a page in the code, leads to a file and a heading that exist."""
 
 import re
 from pathlib import PurePosixPath
@@ -17,7 +17,7 @@ STARTS = ("README.md", "docs/README.md")  # from where a reader reaches every pa
 
 
 def problem_of(page: str, target: str) -> str | None:
-    """What is wrong with a link of `page` to `target`."""
+    """Return the fault of a link of `page` to `target`, or None."""
     if not target:
         return "leads nowhere"
     address = urlsplit(target)

@@ -30,7 +30,7 @@ OWN_IMAGES = Miniature(
 
 
 def test_own_images(tmp_path: Path) -> None:
-    """And what the page says of each command is what lies there then."""
+    """The commands of the page run, and each leaves the files that the page says."""
     page = (ROOT / "docs/own-images.md").read_text()
     run_page(ROOT / "docs/own-images.md", tmp_path, OWN_IMAGES)
     assert (tmp_path / "runs/pictures/letters/B/000001.png").exists()

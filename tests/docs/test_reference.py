@@ -1,4 +1,4 @@
-"""docs/reference.md is what docs/reference.py prints, and that is complete. What runs record: test_recorded.py."""
+"""docs/reference.md is the output of docs/reference.py, and complete. test_recorded.py checks the metrics of runs."""
 
 import runpy
 from typing import Any

@@ -1,4 +1,4 @@
-"""The commands of all pages work in miniature, each page's in its order: as far as they need no cluster and no network.
+"""The commands of all pages work in miniature, in the order of the page, unless they need a cluster or a network.
 
 Of commands that differ in names alone the first one runs. Runs and shards lie ready (tests/support/page_miniature.py).
 """
@@ -17,8 +17,12 @@ from tests.support.pages import blocks_of, commands_of, page_names, page_path
 
 # Pages that other tests run whole, or that speak of the past.
 ELSEWHERE = {"docs/own-images.md", "CHANGELOG.md"}
-# Commands that do not become small, and why.
-NOT_SMALL: dict[str, str] = {}
+# Commands of programs in SMALL that are only parsed, and why.
+HUB = "python tools/make_shards.py --input hub_data --split train --output /data/hub_256 --resolution 256 --codec webp"
+NOT_SMALL = {
+    HUB: "tests/preparation/test_hub.py packs Parquet files of the Hub",
+    f"{HUB} --class-names wnids.txt": "tests/preparation/test_hub.py packs Parquet files of the Hub",
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Templates:
 
 
 def failures_of(name: str, text: str, page: SmallPage, done: set[str]) -> list[str]:
-    """Run the commands of the page `name`, which are not among the ones that are `done`; returns what failed."""
+    """Run the commands of the page `name` that are not among `done`; returns the failures."""
     failed = []
     for number, words in _commands(text):
         try:
@@ -53,7 +57,7 @@ def _commands(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def but_for_names(words: list[str]) -> str:
-    """A small command without what changes nothing but the place: names of folders, and the network's size."""
+    """A small command without names of folders and without the network's size."""
     command = " ".join(word for word in words if not word.startswith("run.dir="))
     return re.sub(r"configs/jit_[blhg]_", "configs/", re.sub(r"\b(runs|data)/[\w./-]+|(?<=--output )\S+", "X", command))
 
@@ -77,9 +81,22 @@ def test_pages_have_a_command_of_each_program() -> None:
 
 
 def test_a_command_that_fails_is_found(templates: Templates, tmp_path: Path) -> None:
-    text = "```\npython tools/sample.py --checkpoint runs/a --weights ema_0.5 --output b\n```\n```python\nnone\n```\n"
+    text = "```\npython tools/sample.py --checkpoint runs/a --weights ema_0.995 --output b\n```\n```python\nnone\n```\n"
     sample, python = failures_of("a.md", text, SmallPage(tmp_path, templates), set())
     assert sample.startswith("a.md:2: python tools/sample.py")
-    assert "no weight set 'ema_0.5'" in sample
+    assert "no weight set 'ema_0.995'" in sample
     assert python.startswith("a.md:4: python -c")
     assert "NameError" in python
+
+
+def test_no_command_of_a_program_is_passed_over(templates: Templates, tmp_path: Path) -> None:
+    train, page = "python -m jitscale.train", SmallPage(tmp_path, templates)
+    text = f"```\n{train} --config mine.yaml\npython tools/sample.py --checkpoint b.safetensors --output c\n```\n"
+    mine, sample = failures_of("a.md", text, page, set())
+    assert "NOT_SMALL" in mine
+    assert "b.safetensors: no earlier command" in sample
+    orders = ("--print-config --config configs/jit_b_256.yaml", "--print-config --config=configs/jit_b_256.yaml")
+    for order in orders:
+        small = page.small([*train.split(), "data.shards=/d", *order.split()])
+        assert small is not None
+        assert "model.hidden_size=32" in small

@@ -17,7 +17,6 @@ from tests.support.tools import run_tool
 # Kernels, graphs, copies, fills and collectives of a step of one rank of two, in autocast with three averages. The keys
 # are depth, settings and micro-batches. Counted with torch 2.11 and DeepSpeed 0.19.8 on a CUDA that executes nothing,
 # 2026-11-27.
-# settings, micro-batches. Counted with torch 2.11 and DeepSpeed 0.19.8 on a CUDA that executes nothing, 2026-11-27.
 COUNTED = [
     (8, {}, 1, 470),
     (16, {}, 1, 686),

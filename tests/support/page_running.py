@@ -1,6 +1,6 @@
 """Runs the commands of a page of the documentation in order, as its reader would.
 
-Nothing on a page is passed over: a block of another language, or a command that a test does not run, must be named.
+Nothing on a page is skipped silently: a block of another language, or a command that a test skips, must be named.
 """
 
 import shlex
@@ -14,7 +14,7 @@ from tests.support import ROOT
 from tests.support.forking import Process
 from tests.support.pages import blocks_of, commands_of, holds_commands
 
-CHECKOUT = ("configs", "docs", "jitscale", "tools")  # what commands of pages name besides their own files
+CHECKOUT = ("configs", "docs", "jitscale", "tools")  # folders that commands of pages name besides their own files
 LONGEST = 60  # seconds of a command
 
 
@@ -22,12 +22,12 @@ LONGEST = 60  # seconds of a command
 class Miniature:
     """How a test changes the commands of a page, so that they end in seconds."""
 
-    smaller: Mapping[str, str] = field(default_factory=dict)  # text of a command, and what stands there instead
+    smaller: Mapping[str, str] = field(default_factory=dict)  # text of a command, and its replacement
     left_out: Mapping[str, str] = field(default_factory=dict)  # a command, or a block's first line, and why
 
 
 def run_page(page: Path, folder: Path, miniature: Miniature) -> list[str]:
-    """Run every command of `page` in `folder`, which begins with links to the checkout; returns what they printed.
+    """Run every command of `page` in `folder`, which begins with links to the checkout; returns their outputs.
 
     Fails at a command that fails, a block that is neither run nor named, and a substitution that changes nothing.
     """
@@ -38,20 +38,20 @@ def run_page(page: Path, folder: Path, miniature: Miniature) -> list[str]:
         for text, smaller in miniature.smaller.items():
             if text in command:
                 unused.discard(text)
-                command = command.replace(text, smaller)  # noqa: PLW2901 (each changes what the one before left)
+                command = command.replace(text, smaller)  # noqa: PLW2901 (each changes the result of the one before)
         printed.append(run_shell(f"{page.name}:{line}", shlex.split(command), folder))
     assert not unused, f"{page.name}: no command has {', '.join(sorted(unused))}: correct the test's table"
     return printed
 
 
 def link_checkout(folder: Path) -> None:
-    """Give `folder` links to what commands of pages name in the checkout."""
+    """Give `folder` links to the folders of the checkout that commands of pages name."""
     for name in CHECKOUT:
         (folder / name).symlink_to(ROOT / name)
 
 
 def run_shell(place: str, words: list[str], folder: Path) -> str:
-    """Run a command in `folder`; returns what it printed. Fails if the command fails, and says its `place`."""
+    """Run a command in `folder`; returns its output. Fails if the command fails, and says its `place`."""
     started = time.perf_counter()
     command = shlex.join(words)
     code, output = _run(words, folder)

@@ -21,13 +21,13 @@ _CODE = re.compile(r"(?<!`)`(?P<code>[^`]+)`(?!`)")
 _LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*\]\((?P<target>[^()\s]*(?:\([^()\s]*\)[^()\s]*)*)\)")
 _HEADING = re.compile(r"^#{1,6} +(?P<title>.+?)\s*$", re.MULTILINE)
 _ANCHOR = re.compile(r"<a (?:id|name)=\"(?P<name>[^\"]+)\"")
-_LAST = re.compile(r"(?<!\\)\|")  # of a table's cell; `\|` is a bar inside one
+_LAST = re.compile(r"(?<!\\)\|")  # ends a cell of a table; `\|` is a bar inside one
 
 
 class Block(NamedTuple):
     """A fenced block of a page."""
 
-    line: int  # of the page, from 1 on
+    line: int  # line of the page, from 1 on
     language: str  # empty: none is given
     text: str
 
@@ -35,7 +35,7 @@ class Block(NamedTuple):
 class Line(NamedTuple):
     """A line, a cell or a piece of code, and where it stands."""
 
-    number: int  # of the page, from 1 on
+    number: int  # line of the page, from 1 on
     text: str
 
 
@@ -81,19 +81,19 @@ def commands_of(block: Block) -> list[Line]:
 
 
 def holds_commands(text: str) -> bool:
-    """Whether a line of a block that is no block of commands begins as one."""
+    """Return whether a line of a block begins as a command, in a block of another kind."""
     return re.search(rf"^\s*(\$ |{_PROGRAM})", text, re.MULTILINE) is not None
 
 
 def indented_commands(page: str) -> list[Line]:
-    """The commands of blocks that are indented, in the place of a fence."""
+    """The commands of blocks that are indented instead of fenced."""
     prose = without_blocks(page)
     found = re.finditer(rf"(?<=\n\n)( {{4,}}|\t)(?P<command>{_PROGRAM}.*)$", prose, re.MULTILINE)
     return [Line(prose[: f.start()].count("\n") + 1, f["command"]) for f in found]
 
 
 def without_blocks(page: str) -> str:
-    """The page's text with an empty line in the place of each line of a fenced block."""
+    """The page's text with an empty line for each line of a fenced block."""
     return _FENCE.sub(lambda found: "\n" * found.group().count("\n"), page)
 
 
@@ -103,7 +103,7 @@ def without_code(page: str) -> str:
 
 
 def inline_code(page: str) -> list[Line]:
-    """What stands in backticks outside of fenced blocks, in one line each."""
+    """The code between backticks outside of fenced blocks, in one line each."""
     prose = without_blocks(page)
     found = _CODE.finditer(prose)
     return [Line(prose[: f.start()].count("\n") + 1, " ".join(f["code"].split())) for f in found]
@@ -130,7 +130,7 @@ def anchors_of(page: str) -> set[str]:
 
 
 def is_of_a_table(line: str) -> bool:
-    """Whether a line outside of blocks is a row of a table."""
+    """Return whether a line outside of blocks is a row of a table."""
     return line.lstrip().startswith("|")
 
 

@@ -12,7 +12,7 @@ from jitscale.command import Parser
 
 
 class RefusedError(Exception):
-    """What a parser says about a command line."""
+    """A parser's refusal of a command line, with its message."""
 
 
 class _ParsedError(BaseException):
@@ -23,10 +23,18 @@ class _ParsedError(BaseException):
         self.options = options
 
 
+class _AskedError(BaseException):
+    """Carries the parser out of a command that asks it to parse."""
+
+    def __init__(self, parser: Parser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
 def parsed_by(main: Callable[[], object], words: Sequence[str]) -> argparse.Namespace | None:
     """The options of `words` that `main` parses; None if it ends instead, as at --help. No option may be shortened.
 
-    Raises a RefusedError with the parser's message, and whatever `main` raises before it parses.
+    Raises a RefusedError with the parser's message, and every error that `main` raises before it parses.
     """
     with (
         mock.patch.object(Parser, "__init__", _without_abbreviations),
@@ -45,6 +53,24 @@ def parsed_by(main: Callable[[], object], words: Sequence[str]) -> argparse.Name
             if not end.code:
                 return None
             raise AssertionError(f"it ended with code {end.code}, and its parser refused nothing") from end
+    raise AssertionError("it ended without a parser of the project")
+
+
+def parser_of(main: Callable[[], object]) -> Parser:
+    """The parser of the command `main`."""
+
+    def ask(parser: Parser, *_: Any) -> NoReturn:
+        raise _AskedError(parser)
+
+    with (
+        mock.patch.object(Parser, "parse_args", ask),
+        mock.patch.object(Parser, "parse_intermixed_args", ask),
+        mock.patch.object(sys, "argv", ["command"]),
+    ):
+        try:
+            main()
+        except _AskedError as asked:
+            return asked.parser
     raise AssertionError("it ended without a parser of the project")
 
 
