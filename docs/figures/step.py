@@ -7,7 +7,7 @@ from figures.canvas import BLUE, GREEN, LINE, LINE_HEIGHT, ORANGE, PURPLE, QUIET
 # Milliseconds, all from docs/performance.md. First the sums of "Where a step of H goes".
 PRODUCTS, ATTENTION, FUSED, COMPILED, OPTIMIZER, COPIES = 94, 23, 25, 10, 15, 6
 STEP = 177  # "On a GPU"
-LAUNCHES = 529  # "What the host asks of the GPU", on one rank
+LAUNCHES = 529  # "Launches and waits of the host", on one rank
 HOST = 72  # "The host limits small shares": an upper bound for these launches
 BACKWARD = 2  # forward passes that a backward pass is worth: counted from shapes, not measured
 BUCKETS = 30  # number of buckets of H's gradients, by jitscale.planner.buckets

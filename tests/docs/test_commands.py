@@ -39,7 +39,13 @@ WRONG_VALUES = {  # values on a page that the loader refuses, and why the page h
 # Commands whose program is a placeholder. docs/reference.md lists the programs.
 OPEN_COMMANDS = {"python tools/NAME.py", "python -m NAME", "sbatch slurm/NAME.sh", "make TARGET"}
 # Values that stand for the placeholders of other commands in prose.
-DUMMIES = {"RUN": "runs/jit_h_256", "DIR": "runs/jit_h_256", "FILE": "checkpoint-last.pth", "N": "8"}
+DUMMIES = {
+    "RUN": "runs/jit_h_256",
+    "DIR": "runs/jit_h_256",
+    "FILE": "checkpoint-last.pth",
+    "N": "8",
+    "CONFIG": "configs/jit_h_256.yaml",
+}
 DUMMIES |= {"...": "guidance=2"}
 
 GROUPS = "|".join(sorted({key.partition(".")[0] for key in SETTINGS}))
