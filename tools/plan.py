@@ -158,7 +158,7 @@ def _text(plan: dict[str, Any]) -> str:
     per_gpu = f"{plan['images_per_gpu']} per GPU, in micro-batches of {plan['micro_batch_size']}"
     run = {
         "parameters": f"{parameters['total']:,} (millions: {kinds})",
-        "TFLOP an image": f"{flops['forward'] / 1e12:.4f} forward, {flops['training'] / 1e12:.4f} in training",
+        "TFLOP per image": f"{flops['forward'] / 1e12:.4f} forward, {flops['training'] / 1e12:.4f} in training",
         "batch": f"{plan['batch_size']} over {cluster['gpus']} GPUs: {per_gpu}",
         "precision": f"{plan['precision']}, {plan['averages']} averages",
         "run": f"{plan['images_of_run']:,} images",

@@ -5,8 +5,8 @@ Usage: differing_kernels.py KERNEL OF EACH RANK ...
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import torch
 
@@ -15,6 +15,9 @@ from jitscale.config import Config, EngineConfig
 from jitscale.errors import UserError
 from jitscale.evaluation.generate import ready_on_all_ranks
 from jitscale.model.jit import JiT
+from jitscale.tracking import Tracker
+from jitscale.training.ema import ShardedEma
+from jitscale.training.engine import ZeroEngine
 from jitscale.training.measurements import Measurements
 from jitscale.training.state import RunState
 from tests.support.processes import leave_after
@@ -23,12 +26,14 @@ from tests.support.tiny import MODEL
 
 def main() -> None:
     world = parallel.start(torch.device("cpu"))
-    engine = Mock()
-    engine.stored_buffers.return_value = {}
-    engine.gather.side_effect = lambda _: {key: p.detach().clone() for key, p in JiT(MODEL).named_parameters()}
-    kernel = sys.argv[1:][world.rank]
-    config = Config(model=MODEL, engine=EngineConfig(precision="fp32", attention=kernel))
-    measured = Measurements(config, world, Mock(), engine, Mock(), RunState(), Mock(), None, 100, lambda: None)
+    config = Config(model=MODEL, engine=EngineConfig(precision="fp32"))
+    config.data.batch_size = 4
+    engine = ZeroEngine(JiT(MODEL), config, world)
+    config.engine.attention = sys.argv[1:][world.rank]
+    shards: Any = None  # The ranks compare their kernels before they read data.
+    tracker = Tracker(config, Path(), active=False, resumed_step=None)
+    saved = (engine, ShardedEma(config.ema, engine.masters()), RunState(), tracker)
+    measured = Measurements(config, world, shards, *saved, None, 100, lambda: None)
     said: list[Any] = []
     for call in (lambda: ready_on_all_ranks(JiT(MODEL), config, world), measured.on_held_out):
         try:
